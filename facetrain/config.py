@@ -1,0 +1,401 @@
+"""Every setting of a run: frozen dataclasses, one per section, and the one way to read them from flags and YAML.
+
+Sole importer of jsonargparse. A section is passed to what needs it; nothing receives the whole but `train`.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+EXIT_USAGE = 2
+"""The exit code of every command for anything the user gave that can't be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    dir: str = "runs/facetrain"
+    """The run folder: config, metrics, weights, checkpoints, figures."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue an unfinished run of the same config; never: refuse a folder in use; must: refuse a fresh one."""
+    seed: int = 0
+    """Seed of weights, plan, augmentation and mining."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective whose peer is gone fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and what happens to them before the network."""
+
+    shards: str = "shards"
+    """Folder made by `facetrain pack`."""
+    shard_px: int = 112
+    """Side of the square images in the shards, in pixels; checked against their manifest."""
+    crop_px: int | None = None
+    """Side of the centre crop taken from a shard image, in shard pixels; null takes the whole image."""
+    image_px: int = 112
+    """Side of the network's input, in pixels; the crop is resized to it."""
+    colour: Literal["rgb", "grey"] = "rgb"
+    """Channels of the network's input."""
+    mirror: bool = True
+    """Augmentation: mirror half of the images."""
+    crop_jitter_px: int = 0
+    """Augmentation: the crop moves by up to this many shard pixels along each axis."""
+    colour_jitter: float = 0.0
+    """Augmentation: brightness and contrast each change by a factor in 1 -/+ this fraction, in [0, 1)."""
+    holdout_identities: int = 0
+    """Identities, drawn by the seed, that are never trained on and give the held-out pairs."""
+    exclude: tuple[str, ...] = ()
+    """Names of identities that are left out of training, such as people who are also in the test set."""
+    workers: int = 1
+    """Decoding processes per rank; 0 decodes in the training process."""
+    prefetch: int = 4
+    """Batches that each worker holds ready."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        for name in ("shard_px", "image_px", "prefetch"):
+            _at_least(f"data.{name}", getattr(self, name), 1)
+        for name in ("crop_jitter_px", "holdout_identities", "workers"):
+            _at_least(f"data.{name}", getattr(self, name), 0)
+        if self.crop_px is not None and not 1 <= self.crop_px <= self.shard_px:
+            raise ValueError(f"data.crop_px: expected 1 to data.shard_px ({self.shard_px}), got {self.crop_px}")
+        if not 0 <= self.colour_jitter < 1:
+            raise ValueError(f"data.colour_jitter: expected a fraction in [0, 1), got {self.colour_jitter}")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's input."""
+        return 3 if self.colour == "rgb" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone that turns a face into an embedding."""
+
+    name: str = "casianet"
+    """casianet, iresnet18, iresnet50, iresnet100, or torchvision:NAME with its classifier removed."""
+    embedding_dim: int | None = None
+    """Width of the embedding; null keeps the backbone's own, a number adds a linear layer to that width."""
+    norm: Literal["batch", "group", "none"] = "batch"
+    """Normalisation in casianet and iresnet; networks without batch statistics are exactly the same on any ranks."""
+    sync_batchnorm: bool = False
+    """Batch statistics over the images of all ranks instead of each rank's own."""
+    imagenet_weights: str | None = None
+    """Local file with torchvision's ImageNet weights, for torchvision:NAME."""
+    init_from: str | None = None
+    """Run folder or .safetensors file whose weights a new run starts from; layers that don't fit are named."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.embedding_dim is not None:
+            _at_least("model.embedding_dim", self.embedding_dim, 1)
+        if self.imagenet_weights is not None and not self.name.startswith("torchvision:"):
+            raise ValueError(f"model.imagenet_weights: only for torchvision:NAME, model.name is '{self.name}'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective."""
+
+    name: Literal["npair-mc"] = "npair-mc"
+    """npair-mc: the multi-class N-pair loss (Sohn, NeurIPS 2016)."""
+    l2_weight: float = 0.002
+    """Weight of the penalty mean ||f||^2 over all 2N embeddings."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.l2_weight < 0:
+            raise ValueError(f"loss.l2_weight: expected 0 or more, got {self.l2_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningConfig:
+    """Which hard negative classes share a batch (Sohn 2016, section 3)."""
+
+    mode: Literal["off", "auto", "gathered", "table", "quota"] = "off"
+    """off: random classes; gathered: greedy over candidates embedded by all ranks; auto chooses and says why."""
+    candidates: int = 10_000
+    """Classes drawn and embedded per round, two images each; all where there are fewer."""
+    candidates_per_batch: float = 0.5
+    """Fraction of a round's candidates that each batch is mined from, drawn afresh per batch, so that lists differ."""
+    batches_per_round: int = 32
+    """Batches that one round of embedding serves."""
+    warmup_steps: int = 0
+    """Steps with random classes before the first round; mining an untrained network gains nothing."""
+    lag_steps: int = 8
+    """Steps between a round and the first batch that uses it; at least data.workers * data.prefetch."""
+    random_share: float = 0.0
+    """Fraction of a mined batch that is filled with random classes instead, against label noise."""
+    hinge: bool = False
+    """Clip violations at 0 from below: classes that don't violate the margin then tie and are drawn by the seed."""
+    margin: float = 0.0
+    """Margin of the hinge, in units of the inner product."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _at_least("mining.candidates", self.candidates, 2)
+        _at_least("mining.batches_per_round", self.batches_per_round, 1)
+        _at_least("mining.warmup_steps", self.warmup_steps, 0)
+        if not 0 < self.candidates_per_batch <= 1:
+            raise ValueError(f"mining.candidates_per_batch: expected a fraction in (0, 1], got {self.candidates_per_batch}")
+        if not 0 <= self.random_share < 1:
+            raise ValueError(f"mining.random_share: expected a fraction in [0, 1), got {self.random_share}")
+        if self.mode in ("table", "quota"):
+            raise ValueError(f"mining.mode: '{self.mode}' doesn't exist yet, expected off, auto or gathered")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimization."""
+
+    global_pairs: int = 128
+    """N: pairs of the global batch, each of another identity; pairs per rank are N / world size."""
+    micro_pairs: int | None = None
+    """Pairs per forward and backward; null and N / world size are the same. Smaller needs GradCache, not there yet."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """sgd has momentum."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 0.0
+    """Weight decay of weight matrices and kernels; biases and normalisation have none."""
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    drop_steps: tuple[int, ...] = ()
+    """schedule=step: the steps at which the learning rate is multiplied by drop_factor."""
+    drop_factor: float = 0.1
+    """schedule=step: the factor of each drop."""
+    clip_norm: float = 0.0
+    """Largest norm of the averaged gradient of the whole objective; 0 is no clipping."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast forward; weights, statistics, loss and optimizer stay float32."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are sharded over the ranks."""
+    log_every_steps: int = 20
+    """Steps between log lines and metrics."""
+    save_every_steps: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, besides the best."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _at_least("train.global_pairs", self.global_pairs, 2)
+        for name in ("steps", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.warmup_steps", self.warmup_steps, 0)
+        if self.micro_pairs is not None:
+            _at_least("train.micro_pairs", self.micro_pairs, 1)
+        if self.learning_rate <= 0:
+            raise ValueError(f"train.learning_rate: expected more than 0, got {self.learning_rate}")
+        if self.clip_norm < 0:
+            raise ValueError(f"train.clip_norm: expected 0 (off) or more, got {self.clip_norm}")
+        if (self.schedule == "step") != bool(self.drop_steps):
+            raise ValueError(
+                f"train.drop_steps: goes with train.schedule=step, got {list(self.drop_steps)} with '{self.schedule}'"
+            )
+        if list(self.drop_steps) != sorted(set(self.drop_steps)):
+            raise ValueError(f"train.drop_steps: expected rising steps, got {list(self.drop_steps)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What a run is judged on while it trains and at its end."""
+
+    every_steps: int = 0
+    """Steps between evaluations; 0 evaluates at the end alone."""
+    dataset: str = "lfw"
+    """Name of the evaluation set in metrics and results; with 'lfw' its published counts are checked."""
+    images: tuple[str, ...] = ()
+    """Evaluation images: a folder of Name/Name_0001.jpg, or tars of it; none evaluates on held-out identities alone."""
+    pairs: str | None = None
+    """Verification pairs, in the form of LFW's pairs.txt."""
+    open_set_people: str | None = None
+    """List of the people of open-best-rowden, one name a line."""
+    mirror: bool = True
+    """Add the embedding of the mirrored image."""
+    draws: int = 1
+    """Seeded draws of the held-out probes of open-best-rowden; 1 takes the lowest-numbered image."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _at_least("eval.every_steps", self.every_steps, 0)
+        _at_least("eval.draws", self.draws, 1)
+        if self.images and self.pairs is None:
+            raise ValueError("eval.pairs: expected a pairs file, since eval.images is given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl in the run folder."""
+
+    backend: Literal["mlflow", "none"] = "mlflow"
+    """mlflow writes to MLFLOW_TRACKING_URI, or to sqlite:///mlflow.db where that is unset."""
+    experiment: str = "facetrain"
+    """MLflow experiment."""
+    run_name: str | None = None
+    """MLflow run name; null takes the name of the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns two sections."""
+        ahead = self.data.workers * self.data.prefetch
+        if self.mining.mode != "off" and self.mining.lag_steps < ahead:
+            raise ValueError(
+                f"mining.lag_steps: expected at least data.workers * data.prefetch = {ahead}, so that no batch is"
+                f" read before it is mined, got {self.mining.lag_steps}"
+            )
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting under its dotted key."""
+        return {
+            f"{section.name}.{key.name}": getattr(getattr(self, section.name), key.name)
+            for section in fields(self)
+            for key in fields(getattr(self, section.name))
+        }
+
+
+SectionT = TypeVar("SectionT")
+
+
+def parse_config(argv: Sequence[str], prog: str) -> Config:
+    """Read a run's settings from `--config FILE` and `--section.key value` flags; flags win.
+
+    Args:
+        argv: Command line without the program's name.
+        prog: The command as the user typed it, for the help text.
+
+    Raises:
+        ValueError: An unknown key, a wrong type, or a value out of bounds; the message is one line that names it.
+        SystemExit: `--help` was asked for, with code 0.
+    """
+    return parse_arguments(argv, Config, prog, with_config_file=True)
+
+
+def parse_arguments(argv: Sequence[str], kind: type[SectionT], prog: str, *, with_config_file: bool = False) -> SectionT:
+    """Read a dataclass of settings from the command line; the docstrings of its fields are the help text.
+
+    Fields are flags (`--key`); fields that are dataclasses give dotted flags (`--section.key`).
+
+    Raises:
+        ValueError: An unknown key, a wrong type, or a value out of bounds; the message is one line that names it.
+        SystemExit: `--help` was asked for, with code 0.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=kind.__doc__, allow_abbrev=False, exit_on_error=False
+    )
+    if with_config_file:
+        parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
+    sections = [f for f in fields(kind) if dataclasses.is_dataclass(f.type)]  # type: ignore[arg-type]
+    for section in sections:
+        parser.add_class_arguments(section.type, section.name)
+    if not sections:
+        parser.add_class_arguments(kind)
+    try:
+        given = parser.instantiate(parser.parse_args(list(argv)))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_one_line(error)) from None
+    return kind(**{f.name: getattr(given, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def load_config(file: Path) -> Config:
+    """Read the resolved config of a run.
+
+    Raises:
+        ValueError: The file holds an unknown key or a wrong value.
+        FileNotFoundError: There is no such file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such config")
+    try:
+        return parse_config(["--config", str(file)], prog="facetrain")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def config_yaml(config: Config) -> str:
+    """Return the resolved config as YAML that `--config` reads back."""
+    import yaml
+
+    plain = {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in dataclasses.asdict(config).items()
+    }
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def differing_keys(a: Config, b: Config, *, ignore: Sequence[str] = ()) -> list[str]:
+    """Return `key: value of a != value of b` for every dotted key in which two configs differ."""
+    flat_b = b.flat()
+    return [
+        f"{key}: {value!r} != {flat_b[key]!r}"
+        for key, value in a.flat().items()
+        if value != flat_b[key] and key not in ignore
+    ]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what the user can mend (ValueError, missing files) into one line on stderr and exit code 2.
+
+    Every rank ends; rank 0 alone prints. FACETRAIN_TRACEBACK=1 shows the traceback instead.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if os.environ.get("FACETRAIN_TRACEBACK") == "1":
+            raise
+        exit_with(str(error))
+
+
+def exit_with(message: str) -> NoReturn:
+    """Print one line on stderr (rank 0 alone) and end with the exit code of a user's error."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"facetrain: error: {message}\n")
+    sys.exit(EXIT_USAGE)
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a command's main function on sys.argv, with user errors as one line and exit code 2."""
+    with user_errors():
+        main(sys.argv[1:])
+
+
+def _at_least(key: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise ValueError(f"{key}: expected {bound} or more, got {value}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace('Parser key "', '"').split())
