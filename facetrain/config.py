@@ -147,7 +147,9 @@ class MiningConfig:
         _at_least("mining.batches_per_round", self.batches_per_round, 1)
         _at_least("mining.warmup_steps", self.warmup_steps, 0)
         if not 0 < self.candidates_per_batch <= 1:
-            raise ValueError(f"mining.candidates_per_batch: expected a fraction in (0, 1], got {self.candidates_per_batch}")
+            raise ValueError(
+                f"mining.candidates_per_batch: expected a fraction in (0, 1], got {self.candidates_per_batch}"
+            )
         if not 0 <= self.random_share < 1:
             raise ValueError(f"mining.random_share: expected a fraction in [0, 1), got {self.random_share}")
         if self.mode in ("table", "quota"):
@@ -300,7 +302,9 @@ def parse_config(argv: Sequence[str], prog: str) -> Config:
     return parse_arguments(argv, Config, prog, with_config_file=True)
 
 
-def parse_arguments(argv: Sequence[str], kind: type[SectionT], prog: str, *, with_config_file: bool = False) -> SectionT:
+def parse_arguments(
+    argv: Sequence[str], kind: type[SectionT], prog: str, *, with_config_file: bool = False
+) -> SectionT:
     """Read a dataclass of settings from the command line; the docstrings of its fields are the help text.
 
     Fields are flags (`--key`); fields that are dataclasses give dotted flags (`--section.key`).
@@ -312,9 +316,7 @@ def parse_arguments(argv: Sequence[str], kind: type[SectionT], prog: str, *, wit
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog=prog, description=kind.__doc__, allow_abbrev=False, exit_on_error=False
-    )
+    parser = jsonargparse.ArgumentParser(prog=prog, description=kind.__doc__, allow_abbrev=False, exit_on_error=False)
     if with_config_file:
         parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
     sections = [f for f in fields(kind) if dataclasses.is_dataclass(f.type)]  # type: ignore[arg-type]
