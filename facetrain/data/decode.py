@@ -1,0 +1,88 @@
+"""From the bytes of a shard image to the pixels that the network sees, with and without augmentation."""
+
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from facetrain.config import DataConfig
+from facetrain.data.augment import Augmentation, adjust_colour, draw_augmentation
+
+
+def decode_face(data: bytes, config: DataConfig, name: str) -> npt.NDArray[np.uint8]:
+    """Decode one face as evaluation sees it: the centre crop, unchanged.
+
+    Args:
+        data: A JPEG or anything else that OpenCV reads. An image that isn't shard_px square is resized to that.
+        config: shard_px, crop_px, image_px and colour.
+        name: How an error calls the image.
+
+    Returns:
+        uint8 [image_px, image_px, C]; RGB order where C = 3.
+
+    Raises:
+        ValueError: The bytes are no image.
+    """
+    return _cut(_decode(data, config, name), config, _UNCHANGED)
+
+
+def decode_augmented(data: bytes, config: DataConfig, seed: int, name: str) -> npt.NDArray[np.uint8]:
+    """Decode one face as training sees it: moved, mirrored and recoloured as its seed decides.
+
+    Args:
+        data: See `decode_face`.
+        config: As for `decode_face`, and mirror, crop_jitter_px and colour_jitter.
+        seed: From the plan, in [0, 2**32); see `draw_augmentation`.
+        name: How an error calls the image.
+
+    Returns:
+        uint8 [image_px, image_px, C]; equal to `decode_face` where all augmentation is off.
+
+    Raises:
+        ValueError: The bytes are no image.
+    """
+    return _cut(_decode(data, config, name), config, draw_augmentation(seed, config))
+
+
+_UNCHANGED = Augmentation()
+
+
+def _decode(data: bytes, config: DataConfig, name: str) -> Any:
+    """Return uint8 [shard_px, shard_px, 3], or [shard_px, shard_px] for grey, which JPEG decodes at once."""
+    flag = cv2.IMREAD_COLOR_RGB if config.colour == "rgb" else cv2.IMREAD_GRAYSCALE
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    except cv2.error:  # an empty buffer, or an image beyond OpenCV's size limits; other bytes give None
+        image = None
+    if image is None:
+        raise ValueError(f"{name}: expected an image, got {len(data)} bytes that can't be decoded")
+    return _resized(image, config.shard_px)
+
+
+def _cut(image: Any, config: DataConfig, change: Augmentation) -> npt.NDArray[np.uint8]:
+    """Take the crop window, bring it to image_px, and apply the rest of the change."""
+    side = config.crop_px or config.shard_px
+    corner = (config.shard_px - side) // 2
+    image = _window(image, corner + change.shift_x_px, corner + change.shift_y_px, side)
+    image = _resized(image, config.image_px)
+    if change.mirrored:
+        image = cv2.flip(image, 1)
+    if change.brightness != 1 or change.contrast != 1:
+        image = adjust_colour(image, change.brightness, change.contrast)
+    return image.reshape(config.image_px, config.image_px, config.channels)  # type: ignore[no-any-return]
+
+
+def _window(image: Any, left: int, top: int, side: int) -> Any:
+    """Return a square window of an image; what lies beyond the border is its reflection."""
+    over = (max(-top, 0), max(top + side - image.shape[0], 0), max(-left, 0), max(left + side - image.shape[1], 0))
+    if any(over):
+        image = cv2.copyMakeBorder(image, *over, cv2.BORDER_REFLECT_101)
+    top, left = top + over[0], left + over[2]
+    return image[top : top + side, left : left + side]
+
+
+def _resized(image: Any, side: int) -> Any:
+    if image.shape[:2] == (side, side):
+        return image
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
