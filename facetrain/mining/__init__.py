@@ -1,0 +1,1 @@
+"""Hard negative class mining: which identities share a batch, so that they are hard for one another."""
