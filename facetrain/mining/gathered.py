@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from facetrain.config import MiningConfig
@@ -29,7 +30,7 @@ _MINING_STREAM = 0x6D696E65
 class MinedRound:
     """The identity lists of one round's batches, the same on every rank."""
 
-    identities_BN: np.ndarray  # noqa: N815 - dims as suffixes
+    identities_BN: NDArray[np.int64]  # noqa: N815 - dims as suffixes
     """int64; rows of the class table, none twice in a batch."""
 
     stats: dict[str, float]
@@ -57,7 +58,7 @@ class MiningSchedule:
 class _MinedBatch:
     """One batch as its rank mined it."""
 
-    identities: np.ndarray
+    identities: NDArray[np.int64]
     mean_violation: float
     tie_share: float
     loss_mined: float
@@ -83,8 +84,8 @@ def mine_round(
     *,
     num_pairs: int,
     table: ClassTable,
-    identities: np.ndarray,
-    embed: Callable[[np.ndarray], Tensor],
+    identities: NDArray[np.int64],
+    embed: Callable[[NDArray[np.int64]], Tensor],
     seed: int,
     world: World,
 ) -> MinedRound:
@@ -153,8 +154,8 @@ def _generator(seed: int, round_index: int, part: int) -> np.random.Generator:
 
 
 def _draw_candidates(
-    generator: np.random.Generator, num: int, table: ClassTable, identities: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    generator: np.random.Generator, num: int, table: ClassTable, identities: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw identities, int64 [C], and two distinct images of each, int64 [2C]: all first ones, then all second ones."""
     candidates_C = generator.choice(identities, num, replace=False)
     first_C = table.first_image[candidates_C]
@@ -170,9 +171,9 @@ def _mine_batch(
     generator: np.random.Generator,
     config: MiningConfig,
     num_pairs: int,
-    candidates_C: np.ndarray,
+    candidates_C: NDArray[np.int64],
     embeddings_2CD: Tensor,
-    identities: np.ndarray,
+    identities: NDArray[np.int64],
 ) -> _MinedBatch:
     num_candidates = len(candidates_C)
     num_random = min(round(config.random_share * num_pairs), num_pairs - 1)
@@ -181,7 +182,7 @@ def _mine_batch(
     size = min(num_candidates, max(num_pairs, math.ceil(config.candidates_per_batch * num_candidates)))
     subset = generator.choice(num_candidates, size, replace=False)
     subset_on_device = torch.from_numpy(subset).to(embeddings_2CD.device)
-    anchors_CD, positives_CD = embeddings_2CD.unflatten(0, (2, num_candidates))[:, subset_on_device]
+    anchors_CD, positives_CD = embeddings_2CD.reshape(2, num_candidates, -1)[:, subset_on_device]
 
     found = greedy_classes(anchors_CD, positives_CD, num_mined, generator, hinge=config.hinge, margin=config.margin)
     mined = candidates_C[subset[found.order]]
@@ -199,7 +200,7 @@ def _mine_batch(
 
 
 @torch.no_grad()
-def _npair_loss(anchors_CD: Tensor, positives_CD: Tensor, rows: np.ndarray) -> float:
+def _npair_loss(anchors_CD: Tensor, positives_CD: Tensor, rows: NDArray[np.int64]) -> float:
     rows_N = torch.from_numpy(rows).to(anchors_CD.device)
     anchors_ND, positives_ND = anchors_CD[rows_N], positives_CD[rows_N]
     return float(npair_mc_rows(anchors_ND, positives_ND, positives_ND, rows_N, rows_N).mean())
@@ -218,7 +219,7 @@ def _hardness_stats(batches: list[_MinedBatch]) -> dict[str, float]:
     }
 
 
-def mean_overlap(identities_BN: np.ndarray) -> float:
+def mean_overlap(identities_BN: NDArray[np.int64]) -> float:
     """Return the mean share of a list that another list holds too, over all pairs of lists; 0 for a single list.
 
     Args:

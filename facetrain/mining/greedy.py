@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -14,10 +15,10 @@ from torch import Tensor
 class GreedyResult:
     """Classes in the order in which they were added."""
 
-    order: np.ndarray
+    order: NDArray[np.int64]
     """int64 [N]; rows of the candidates, none twice."""
 
-    violations: np.ndarray
+    violations: NDArray[np.float32]
     """float32 [N]; each class's score when it was added, as an inner product; 0 for the first, a random one."""
 
     ties: int

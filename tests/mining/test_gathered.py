@@ -100,7 +100,8 @@ def test_no_identity_stands_twice_in_a_batch_and_all_are_trained_ones() -> None:
 
 
 def test_mined_batches_are_harder_than_random_ones_on_clustered_embeddings() -> None:
-    stats = mine(MiningConfig(mode="gathered", batches_per_round=16)).stats
+    config = MiningConfig(mode="gathered", batches_per_round=16, candidates_per_batch=1.0)
+    stats = mine(config, num_pairs=6).stats
     assert stats["mining/candidates"] == NUM_IDENTITIES - 5
     assert stats["mining/loss_mined"] > 2 * stats["mining/loss_random"]
     assert stats["mining/hardness"] == stats["mining/loss_mined"] - stats["mining/loss_random"]
