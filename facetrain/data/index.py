@@ -3,6 +3,7 @@
 All of it is plain `.npy`, so that the processes of a node share one copy by mapping it into memory.
 """
 
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -101,17 +102,18 @@ def index_tar(path: Path) -> Iterator[TarMember]:
     Raises:
         ValueError: The file isn't an uncompressed tar, or it is truncated; the message names it.
     """
-    with open(path, "rb", buffering=0) as file:
-        try:
-            yield from _walk(file.fileno(), os.fstat(file.fileno()).st_size)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+    try:
+        # Mapped, because a read call per header would take as long as all the rest.
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            yield from _walk(tar)
+    except ValueError as error:  # also of mmap, for an empty file
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _walk(fd: int, file_bytes: int) -> Iterator[TarMember]:
-    at, ended, overrides = 0, False, dict[str, str]()
+def _walk(tar: mmap.mmap) -> Iterator[TarMember]:
+    at, ended, overrides, file_bytes = 0, False, dict[str, str](), len(tar)
     while at < file_bytes:
-        header = os.pread(fd, BLOCK_BYTES, at)
+        header = tar[at : at + BLOCK_BYTES]
         if len(header) < BLOCK_BYTES:
             raise ValueError(f"truncated tar: {len(header)} bytes left of the header at byte {at}")
         data_at = at + BLOCK_BYTES
@@ -128,9 +130,9 @@ def _walk(fd: int, file_bytes: int) -> Iterator[TarMember]:
             name = overrides.get("path") or _name(header)
             raise ValueError(f"truncated tar: '{name}' ends at byte {data_at + size}, the file at {file_bytes}")
         if kind == b"L":  # GNU: the data is the next member's name
-            overrides["path"] = _text(os.pread(fd, size, data_at).rstrip(b"\0"))
+            overrides["path"] = _text(tar[data_at : data_at + size].rstrip(b"\0"))
         elif kind == b"x":  # PAX: the data are fields of the next member
-            overrides |= _pax_fields(os.pread(fd, size, data_at), at)
+            overrides |= _pax_fields(tar[data_at : data_at + size], at)
         elif kind not in (b"K", b"g"):  # neither a long link name nor a comment on the whole tar
             name = overrides.get("path") or _name(header)
             # In the oldest tars a folder is a file whose name ends in a slash.
