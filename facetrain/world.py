@@ -25,6 +25,7 @@ class World:
     local_rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout_s: float = 600.0
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +49,7 @@ class World:
         """
         if self.world_size == 1:
             return x_local
-        return _AllGather.apply(x_local)  # type: ignore[no-untyped-call, no-any-return]
+        return _AllGather.apply(x_local)  # type: ignore[no-any-return]
 
     def all_gather_uneven(self, x_local: Tensor) -> Tensor:
         """Return the rows of all ranks in rank order; each rank may hold another number of rows. No gradient."""
@@ -87,7 +88,7 @@ class World:
         """Return the sum of x over the ranks; backward sums the gradients over the ranks too."""
         if self.world_size == 1:
             return x
-        return _AllReduceSum.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+        return _AllReduceSum.apply(x)  # type: ignore[no-any-return]
 
     def any(self, flag: bool) -> bool:
         """Return, on every rank, whether the flag is set on any rank."""
@@ -96,6 +97,16 @@ class World:
         count = torch.tensor([int(flag)], device=self.device)
         dist.all_reduce(count)
         return bool(count.item())
+
+    def limit_waiting(self) -> None:
+        """Give every process group of this process the run's timeout.
+
+        DeepSpeed reduces on a copy of the world group, whose 30 minutes no argument of its own reaches.
+        """
+        if dist.is_initialized():
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.15
+            for group in dist.distributed_c10d._world.pg_map:
+                set_timeout(timedelta(seconds=self.timeout_s), group)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -140,10 +151,10 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
         torch.cuda.set_device(here)
     arguments: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if "RANK" not in env:
-        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **arguments)
     try:
-        yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here)
+        yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
     finally:
         dist.destroy_process_group()
 
@@ -161,7 +172,7 @@ class _AllGather(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad_local = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(grad_local, grad.contiguous(), op=dist.ReduceOp.SUM)
         return grad_local
@@ -177,7 +188,7 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.clone()
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
         return total

@@ -1,0 +1,235 @@
+"""Checkpoints: atomic save, resume at any number of ranks, prune; and weights alone, for whoever wants to embed.
+
+A checkpoint is a folder `checkpoints/step-00001000/`: `model.safetensors` and `config.yaml` (all that embedding needs),
+`optimizer.safetensors`, `plan.safetensors` and `state.json`. It appears by a rename, so that what is there is whole.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+from torch import nn
+
+from facetrain.config import Config, config_yaml, load_config
+from facetrain.engine import Engine
+from facetrain.models import build_backbone
+from facetrain.world import World
+
+ArrayT = TypeVar("ArrayT")
+
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class TrainState:
+    """What resume needs besides weights and optimizer: everything else is a function of (config, step)."""
+
+    step: int
+    """The next optimizer step, from 0."""
+    draws: npt.NDArray[np.int64]
+    """Times that each trained identity was in a batch."""
+    mined: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    """Mined batches that are still to come: step -> identities [N]."""
+    best_accuracy: float = -1.0
+    """Highest held-out verification accuracy so far."""
+    best_step: int = -1
+    """The step that has it; -1 before the first evaluation."""
+    tracking_run: str | None = None
+    """MLflow's run."""
+
+
+def save_checkpoint(run_dir: Path, engine: Engine, state: TrainState, config: Config, world: World) -> Path:
+    """Write the checkpoint of `state.step`; every rank must call it.
+
+    Rank 0 writes aside, flushes to disk and renames; then it removes checkpoints that are neither among the newest
+    `train.keep_checkpoints` nor the best. Raises on every rank if rank 0 can't write.
+    """
+    optimizer_state = engine.optimizer_state()  # over all ranks
+    final = run_dir / "checkpoints" / f"step-{state.step:08d}"
+    with world.main_first():
+        if world.is_main and not final.exists():
+            aside = final.with_name(f".{final.name}.tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            save_weights(engine.backbone, config, aside)
+            save_tensors(optimizer_state, aside / "optimizer.safetensors")
+            arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
+            save_arrays(arrays, aside / "plan.safetensors")
+            (aside / "state.json").write_text(
+                json.dumps(
+                    {
+                        "step": state.step,
+                        "best_accuracy": state.best_accuracy,
+                        "best_step": state.best_step,
+                        "tracking_run": state.tracking_run,
+                    }
+                ),
+                encoding="utf-8",
+            )
+            _rename_durably(aside, final)
+            _prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
+    return final
+
+
+def load_state(folder: Path) -> TrainState:
+    """Read the training state of a checkpoint.
+
+    Raises:
+        ValueError: A file of it is missing or damaged; the message names it.
+    """
+    arrays = _read(load_arrays, folder / "plan.safetensors")
+    try:
+        scalars = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        mined = {int(key.removeprefix("mined/")): ids for key, ids in arrays.items() if key.startswith("mined/")}
+        return TrainState(draws=arrays["draws"], mined=mined, **scalars)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint ({error})") from None
+
+
+def load_optimizer(folder: Path, engine: Engine) -> None:
+    """Put the optimizer's state of a checkpoint into the engine.
+
+    Raises:
+        ValueError: The file is missing, damaged, or of another optimizer.
+    """
+    file = folder / "optimizer.safetensors"
+    try:
+        engine.load_optimizer_state(_read(load_tensors, file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint with the highest step, or None."""
+    found = _step_folders(run_dir)
+    return found[max(found)] if found else None
+
+
+def save_weights(backbone: nn.Module, config: Config, folder: Path) -> None:
+    """Write `model.safetensors` and the config beside it, each by a rename."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    save_tensors(weights, folder / ".model.tmp")
+    os.replace(folder / ".model.tmp", folder / "model.safetensors")
+    (folder / ".config.tmp").write_text(config_yaml(config), encoding="utf-8")
+    os.replace(folder / ".config.tmp", folder / "config.yaml")
+
+
+def load_backbone(run: Path) -> tuple[nn.Module, Config]:
+    """Build the backbone of a run and load its weights, on the CPU.
+
+    Args:
+        run: A run folder (or a checkpoint's folder), or a .safetensors file with `config.yaml` beside it.
+
+    Raises:
+        ValueError: The weights are damaged or don't fit the config's backbone.
+        FileNotFoundError: There are no weights or there is no config.
+    """
+    file = weights_file(run)
+    config = load_config(file.parent / "config.yaml")
+    backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
+    load_weights(backbone, file)
+    return backbone, config
+
+
+def weights_file(run: Path) -> Path:
+    """Return the weights of a run: `model.safetensors`, or the newest checkpoint's where the run isn't finished.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    if run.suffix == ".safetensors":
+        if not run.is_file():
+            raise FileNotFoundError(f"{run}: no such weights")
+        return run
+    newest = newest_checkpoint(run)
+    for folder in (run, newest) if newest else (run,):
+        if (folder / "model.safetensors").is_file():
+            return folder / "model.safetensors"
+    raise FileNotFoundError(f"{run}: expected a run folder with model.safetensors, or a .safetensors file")
+
+
+def load_weights(backbone: nn.Module, file: Path) -> None:
+    """Put weights into a backbone, all of them.
+
+    Raises:
+        ValueError: The file is damaged, or of another backbone; the message names the first layers that don't fit.
+    """
+    unfit = _load_fitting(backbone, file)
+    if unfit:
+        raise ValueError(f"{file}: weights of another backbone; {len(unfit)} layers don't fit: {', '.join(unfit[:3])}")
+
+
+def init_weights_from(backbone: nn.Module, run: Path) -> list[str]:
+    """Start a backbone from earlier weights (`model.init_from`), leaving layers that don't fit as they are.
+
+    Returns:
+        What doesn't fit, a phrase per layer.
+
+    Raises:
+        ValueError: The file is damaged, or nothing in it fits.
+        FileNotFoundError: There are no weights.
+    """
+    file = weights_file(run)
+    unfit = _load_fitting(backbone, file)
+    if len(unfit) >= len(backbone.state_dict()):
+        raise ValueError(f"model.init_from: no layer of {file} fits this backbone, such as {unfit[0]}")
+    return unfit
+
+
+def _load_fitting(backbone: nn.Module, file: Path) -> list[str]:
+    """Load the layers that fit; return a phrase for each that is missing, of another shape, or unknown."""
+    weights = _read(load_tensors, file)
+    expected = backbone.state_dict()
+    unfit = [f"{name} (missing)" for name in expected if name not in weights]
+    unfit += [f"{name} (unknown)" for name in weights if name not in expected]
+    unfit += [
+        f"{name} ({list(weights[name].shape)}, expected {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    fitting = {n: w for n, w in weights.items() if n in expected and w.shape == expected[n].shape}
+    backbone.load_state_dict(fitting, strict=False)
+    return unfit
+
+
+def _read(load: Callable[[Path], dict[str, ArrayT]], file: Path) -> dict[str, ArrayT]:
+    if not file.is_file():
+        raise ValueError(f"{file}: missing")
+    try:
+        return load(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged ({error})") from None
+
+
+def _rename_durably(aside: Path, final: Path) -> None:
+    """Flush the files and the folder to disk, then rename; a crash leaves the whole checkpoint or none."""
+    for path in [*aside.iterdir(), aside]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    os.rename(aside, final)
+
+
+def _prune(run_dir: Path, *, keep: int, best_step: int) -> None:
+    found = _step_folders(run_dir)
+    for step in sorted(found)[:-keep]:
+        if step != best_step:
+            shutil.rmtree(found[step])
+
+
+def _step_folders(run_dir: Path) -> dict[int, Path]:
+    """Return the checkpoints of a run by their step."""
+    matches = {path: _STEP_FOLDER.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")}
+    return {int(match[1]): path for path, match in matches.items() if match}

@@ -1,0 +1,222 @@
+"""Engine: backward, clipping and the optimizer step through DeepSpeed, with optimizer state sharded by ZeRO 0 to 2.
+
+Sole importer of deepspeed. The state it saves is whole (one tensor per parameter), so that it doesn't depend on the
+number of ranks or the ZeRO stage.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from facetrain.config import TrainConfig
+from facetrain.world import World
+
+_STATE_KEYS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+
+
+class Engine:
+    """A backbone that trains: the same call sequence at any number of ranks and any ZeRO stage.
+
+    Every rank must have put the same weights into the backbone before.
+    """
+
+    def __init__(self, backbone: nn.Module, config: TrainConfig, world: World, *, pairs_per_rank: int) -> None:
+        self.world = world
+        self.config = config
+        # Inputs are channels_last, weights are not: DeepSpeed broadcasts and flattens parameters as dense rows.
+        self.backbone = backbone.to(world.device)
+        self._buffers = [b for b in backbone.buffers() if b.is_floating_point()]
+        self._deepspeed = _initialize(self.backbone, config, world, images_per_rank=2 * pairs_per_rank)
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Return the embeddings [B, D] of network inputs [B, C, H, W], with gradient, in the configured precision."""
+        self._deepspeed.train()
+        return self._deepspeed(images_BCHW)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this rank's gradients and average them over the ranks."""
+        self._deepspeed.backward(loss)
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip once, update, clear the gradients, and leave the same network on every rank.
+
+        Returns:
+            The norm of the averaged gradient before clipping, a scalar on the device.
+        """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self.config.zero_stage == 0:
+            norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), self.config.clip_norm or torch.inf)
+        self._deepspeed.step()
+        if norm is None:
+            norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
+        self._average_running_statistics()
+        return norm
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state as whole CPU tensors, named `parameter/key`; every rank must call it.
+
+        ZeRO 1 and 2: an all-reduce per tensor; every rank ends with the whole state.
+        """
+        state: dict[str, Tensor] = {}
+        self._link_sharded_state()
+        for name, parameter in self.backbone.named_parameters():
+            for key in self._state_keys():
+                value = self._get_state(parameter, key)
+                if value is not None:
+                    state[f"{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+        steps = [s["step"] for s in self._torch_optimizer.state.values() if "step" in s]
+        if steps:
+            state["step"] = torch.as_tensor(steps[0]).detach().to("cpu", copy=True)
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `optimizer_state` returned, at any number of ranks and any ZeRO stage.
+
+        Raises:
+            ValueError: A parameter has no state of the configured optimizer.
+        """
+        if not state:  # saved before the first step
+            return
+        self._create_state(state.get("step"))
+        for name, parameter in self.backbone.named_parameters():
+            for key in self._state_keys():
+                if f"{name}/{key}" not in state:
+                    raise ValueError(f"optimizer state: expected '{name}/{key}' for {self.config.optimizer}")
+                self._set_state(parameter, key, state[f"{name}/{key}"])
+
+    def _state_keys(self) -> tuple[str, ...]:
+        if self.config.optimizer == "sgd" and self.config.momentum == 0:
+            return ()
+        return _STATE_KEYS[self.config.optimizer]
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that holds the state: at ZeRO 1 and 2 on flat partitions of many parameters."""
+        optimizer = self._deepspeed.optimizer
+        return optimizer if self.config.zero_stage == 0 else optimizer.optimizer  # type: ignore[no-any-return]
+
+    def _get_state(self, parameter: nn.Parameter, key: str) -> Tensor | None:
+        if self.config.zero_stage == 0:
+            value: Tensor | None = self._torch_optimizer.state.get(parameter, {}).get(key)
+            return value
+        if not self._torch_optimizer.state:
+            return None
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)  # type: ignore[no-any-return]
+
+    def _set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        value = value.to(parameter.device)
+        if self.config.zero_stage == 0:
+            self._torch_optimizer.state[parameter][key].copy_(value)
+        else:
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _create_state(self, step: Tensor | None) -> None:
+        """Create the state that torch's optimizers make at their first step, as zeros."""
+        optimizer = self._torch_optimizer
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                values: dict[str, Any] = {key: torch.zeros_like(parameter) for key in self._state_keys()}
+                if step is not None:
+                    values["step"] = step.clone()
+                optimizer.state[parameter] = values
+        self._link_sharded_state()
+
+    def _link_sharded_state(self) -> None:
+        """Let each parameter find its piece of the flat state (ZeRO 1 and 2).
+
+        DeepSpeed does so once, after the step of the first parameter group, when the other groups' state is still
+        empty (0.19.8, `_optimizer_step`); with more than one group it has to be done again.
+        """
+        if self.config.zero_stage > 0 and self._torch_optimizer.state:
+            self._deepspeed.optimizer._hp_optimizer_states_linked = False
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _average_running_statistics(self) -> None:
+        """Give all ranks the mean of their BatchNorm running statistics: one small all-reduce.
+
+        DeepSpeed neither broadcasts nor averages buffers. With this, evaluation, mining and checkpoints see one
+        network, and stopping at a step changes nothing.
+        """
+        if self._buffers and self.world.world_size > 1:
+            mean = self.world.all_reduce_mean_(torch.cat([b.flatten() for b in self._buffers]))
+            for buffer, value in zip(self._buffers, mean.split([b.numel() for b in self._buffers]), strict=True):
+                buffer.copy_(value.view_as(buffer))
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of a step: linear warm-up, then constant, dropping by steps, or falling as a cosine."""
+    rate = config.learning_rate
+    if step < config.warmup_steps:
+        return rate * (step + 1) / config.warmup_steps
+    if config.schedule == "step":
+        return rate * config.drop_factor ** sum(step >= drop for drop in config.drop_steps)
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        return rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return rate
+
+
+def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, images_per_rank: int) -> Any:
+    deepspeed = _import_deepspeed(world)
+    engine, *_ = deepspeed.initialize(
+        model=backbone,
+        optimizer=_optimizer(backbone, config),
+        config={
+            "train_micro_batch_size_per_gpu": images_per_rank,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            # DeepSpeed's own default is 1.0; at ZeRO 0 `Engine.step` clips, which also gives the norm.
+            "gradient_clipping": config.clip_norm if config.zero_stage > 0 else 0.0,
+            # Weights, statistics and the reduction of gradients stay float32 (no modules are listed as safe in less).
+            "torch_autocast": {
+                "enabled": config.precision == "bfloat16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
+            "steps_per_print": None,
+        },
+    )
+    world.limit_waiting()
+    return engine
+
+
+def _import_deepspeed(world: World) -> Any:
+    """Import deepspeed quietly, without compiling its shared-memory collectives, which torchrun can't use."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed looks for MPI where the launcher's variables are missing (a run of one process).
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", auto_mpi_discovery=False)
+    return deepspeed
+
+
+def _optimizer(backbone: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Weight decay acts on kernels and weight matrices alone, as is usual."""
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)

@@ -1,0 +1,130 @@
+"""Tracking: parameters, metrics and files of a run, in its own metrics.jsonl always and in MLflow where wanted.
+
+Sole importer of mlflow. Silent off rank 0. A tracking server that fails never stops training.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from facetrain.config import TrackingConfig
+from facetrain.world import World
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Where a run's figures go. Every rank may call it; rank 0 alone writes."""
+
+    def __init__(self, config: TrackingConfig, run_dir: Path, world: World, *, run_id: str | None) -> None:
+        """Open the run, or continue MLflow's run `run_id` after an interruption."""
+        self.is_main = world.is_main
+        self.run_id = run_id
+        self._mlflow: Any = None
+        self._metrics_file = run_dir / "metrics.jsonl"
+        # After an interruption some steps run again, with the same figures: what is logged stays logged once.
+        self._logged = _logged_keys(self._metrics_file) if world.is_main else set()
+        if world.is_main and config.backend == "mlflow":
+            self._attempt(lambda: self._start_mlflow(config, run_dir))
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        """Record the resolved config, once."""
+        if self._mlflow:
+            known = {key: str(value)[:6000] for key, value in values.items()}
+            self._attempt(lambda: self._mlflow.log_params(known))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record figures of a step; what was recorded for this step before an interruption isn't repeated."""
+        fresh = {key: value for key, value in values.items() if (step, key) not in self._logged}
+        if not self.is_main or not fresh:
+            return
+        with self._metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "at": round(time.time(), 3), **fresh}) + "\n")
+        if self._mlflow:
+            self._attempt(lambda: self._mlflow.log_metrics(fresh, step=step))
+
+    def artifacts(self, *paths: Path) -> None:
+        """Record files or folders of the run."""
+        if self._mlflow:
+            for path in paths:
+                self._attempt(lambda path=path: self._log_artifact(path))  # type: ignore[misc]
+
+    def finish(self, *, failed: bool = False) -> None:
+        """End MLflow's run."""
+        if self._mlflow:
+            self._attempt(lambda: self._mlflow.end_run("FAILED" if failed else "FINISHED"))
+
+    def where(self) -> str | None:
+        """Return how to see the run's page, or None without MLflow."""
+        if not self._mlflow:
+            return None
+        uri = self._mlflow.get_tracking_uri()
+        return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else str(uri)
+
+    def _start_mlflow(self, config: TrackingConfig, run_dir: Path) -> None:
+        # With the defaults a call hangs for four minutes when the server is gone.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        import mlflow
+
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri("sqlite:///mlflow.db")
+        mlflow.set_experiment(config.experiment)
+        run = mlflow.start_run(run_id=self.run_id, run_name=None if self.run_id else config.run_name or run_dir.name)
+        mlflow.set_tags(_environment())
+        self.run_id = run.info.run_id
+        self._mlflow = mlflow
+
+    def _log_artifact(self, path: Path) -> None:
+        if path.is_dir():
+            self._mlflow.log_artifacts(str(path), artifact_path=path.name)
+        else:
+            self._mlflow.log_artifact(str(path))
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        """Call MLflow; at the first failure warn once and go on without it, since metrics.jsonl has the figures."""
+        try:
+            call()
+        except Exception as error:  # whatever a server or a database can raise
+            log.warning("MLflow failed (%s); training goes on, metrics.jsonl has all figures", str(error)[:200])
+            self._mlflow = None
+
+
+def _logged_keys(metrics_file: Path) -> set[tuple[int, str]]:
+    """Return the (step, metric) pairs of the file; a last line that a crash cut off is removed from it."""
+    if not metrics_file.is_file():
+        return set()
+    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        metrics_file.write_text("".join(lines), encoding="utf-8")
+    rows = [json.loads(line) for line in lines]
+    return {(row["step"], key) for row in rows for key in row if key not in ("step", "at")}
+
+
+def _environment() -> dict[str, str]:
+    """Return versions, machine and git state."""
+    tags = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": platform.node(),
+        "world_size": os.environ.get("WORLD_SIZE", "1"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    for tag, command in {"git_commit": "git rev-parse HEAD", "git_changes": "git status --porcelain"}.items():
+        try:
+            done = subprocess.run(command.split(), capture_output=True, text=True, timeout=5, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        tags[tag] = done.stdout.strip()[:5000]
+    return tags
