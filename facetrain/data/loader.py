@@ -1,0 +1,179 @@
+"""PairLoader: the batches of one rank, decoded ahead of the training step.
+
+Dims: V = 2 views of a pair (0 anchor, 1 positive), n pairs on this rank, H x W pixels, C channels.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from facetrain.batch import PairBatch
+from facetrain.config import DataConfig
+from facetrain.data.decode import decode_augmented
+from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
+
+
+class ImageReader(Protocol):
+    """Where image bytes come from: a `ShardSet`, in this process or after a fork."""
+
+    def read(self, image: int) -> bytes:
+        """Return the encoded image of a global image number."""
+        ...
+
+
+class PairLoader:
+    """An iterator over one rank's batches of steps first_step to last_step - 1.
+
+    The plan is asked in this process, so that mined lists count that come while the loader runs; whole batches are
+    decoded in worker processes and come back as one tensor through shared memory. With A = data.workers *
+    data.prefetch batches ahead: `next` for step s draws the plan of steps up to and including s + A, and nothing
+    beyond. So lists that are added before `next` for step s is called take effect from step s + A on, and
+    `first_undrawn_step` is that step. Without workers A is 0.
+
+    Workers are forked on Linux: they start in milliseconds where spawn takes seconds to import torch, and share the
+    class table's memory. They touch neither CUDA nor the process group, so it doesn't matter whether those are up.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        shards: ImageReader,
+        config: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        last_step: int,
+        pin_memory: bool = False,
+    ) -> None:
+        """Prepare the stream; no worker starts before the first `next`.
+
+        Args:
+            plan: Names the images of each step.
+            shards: Holds the images.
+            config: How images are decoded and augmented, workers and prefetch.
+            rank: This rank, whose rows of each step are decoded.
+            world_size: W.
+            first_step: Step of the first batch: 0, or where a run resumes.
+            last_step: One past the step of the last batch.
+            pin_memory: Put batches into page-locked memory, for copies to a GPU beside computation.
+
+        Raises:
+            ValueError: W doesn't divide the plan's pairs.
+        """
+        self._slices = _StepSlices(plan, rank, world_size, first_step, last_step)
+        self._loader: DataLoader[PairBatch | Exception] = DataLoader(
+            _DecodedPairs(shards, np.asarray(plan.table.first_image), config),
+            sampler=self._slices,
+            batch_size=None,
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch if config.workers else None,
+            worker_init_fn=_start_worker if config.workers else None,
+            multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
+            pin_memory=pin_memory,
+            # The DataLoader draws a seed for its workers: not from the global generator, or resuming would differ.
+            generator=torch.Generator(),
+        )
+        self._batches: Iterator[PairBatch | Exception] | None = None
+        self.wait_s = 0.0
+        """Seconds that the last `next` took: with workers, how long the training step waited for its data."""
+
+    @property
+    def first_undrawn_step(self) -> int:
+        """The first step whose plan isn't drawn yet; earlier ones no longer take mined lists."""
+        return self._slices.next_step
+
+    def __iter__(self) -> "PairLoader":
+        return self
+
+    def __next__(self) -> PairBatch:
+        """Return the next step's batch.
+
+        Raises:
+            StopIteration: last_step is reached, or the loader is closed.
+            ValueError: An image of the batch can't be read or decoded; the message names it.
+        """
+        called_at = time.perf_counter()
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        self.wait_s = time.perf_counter() - called_at
+        if isinstance(batch, Exception):
+            self.close()
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """End the workers and wait for them; batches that they hold are dropped."""
+        # DataLoader has no public way to do so before its iterator is garbage collected.
+        shut_down: Any = getattr(self._batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        self._batches = iter(())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _StepSlices(Sampler[StepPlan]):
+    """One rank's rows of step after step, drawn in the main process as the DataLoader asks for them."""
+
+    def __init__(self, plan: Plan, rank: int, world_size: int, first_step: int, last_step: int) -> None:
+        pairs_per_rank(plan.global_pairs, world_size)  # refuses an uneven world size before anything starts
+        self._plan, self._rank, self._world_size, self._last_step = plan, rank, world_size, last_step
+        self.next_step = first_step
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        while self.next_step < self._last_step:
+            step_plan = self._plan.step(self.next_step)
+            self.next_step += 1
+            yield step_plan.slice(self._rank, self._world_size)
+
+
+class _DecodedPairs(Dataset[PairBatch | Exception]):
+    """The batch of a StepPlan; runs in a worker."""
+
+    def __init__(self, shards: ImageReader, first_image: npt.NDArray[np.int64], config: DataConfig) -> None:
+        self._shards, self._first_image, self._config = shards, first_image, config
+
+    def __getitem__(self, step_plan: StepPlan) -> PairBatch | Exception:
+        try:
+            return self._decode(step_plan)
+        except (ValueError, OSError) as error:
+            # Raised by the main process instead: the DataLoader would wrap it into a traceback of the worker.
+            return error
+
+    def _decode(self, step_plan: StepPlan) -> PairBatch:
+        side = self._config.image_px
+        images_VnHWC = torch.empty(2, len(step_plan.labels_N), side, side, self._config.channels, dtype=torch.uint8)
+        pixels = images_VnHWC.numpy()
+        first_n = self._first_image[step_plan.labels_N]
+        rows = zip(step_plan.labels_N.tolist(), first_n.tolist(), strict=True)
+        images_n2, seeds_n2 = step_plan.image_idx_N2.tolist(), step_plan.augment_seeds_N2.tolist()
+        for i, (label, first) in enumerate(rows):
+            for view, (image, seed) in enumerate(zip(images_n2[i], seeds_n2[i], strict=True)):
+                key = f"{label:07d}_{image - first:04d}.jpg"  # as the shards name it
+                pixels[view, i] = decode_augmented(self._shards.read(image), self._config, seed, key)
+        return PairBatch(step=step_plan.step, images_VnHWC=images_VnHWC, labels_n=torch.from_numpy(step_plan.labels_N))
+
+
+def _start_worker(worker_id: int) -> None:
+    """Prepare a worker process."""
+    # A cluster that ends a job signals all its processes. The training process decides when to stop and may still
+    # take the steps up to its last checkpoint; workers end with it, or when they find it gone.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)  # its thread pool doesn't survive a fork, and the workers are the parallelism
