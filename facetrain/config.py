@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 EXIT_USAGE = 2
 """The exit code of every command for anything the user gave that can't be used."""
@@ -165,7 +165,7 @@ class TrainConfig:
     micro_pairs: int | None = None
     """Pairs per forward and backward; null and N / world size are the same. Smaller needs GradCache, not there yet."""
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; 0 evaluates the untrained network."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """sgd has momentum."""
     learning_rate: float = 1e-3
@@ -198,8 +198,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check the bounds."""
         _at_least("train.global_pairs", self.global_pairs, 2)
-        for name in ("steps", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.steps", self.steps, 0)
         _at_least("train.warmup_steps", self.warmup_steps, 0)
         if self.micro_pairs is not None:
             _at_least("train.micro_pairs", self.micro_pairs, 1)
@@ -285,9 +286,6 @@ class Config:
         }
 
 
-SectionT = TypeVar("SectionT")
-
-
 def parse_config(argv: Sequence[str], prog: str) -> Config:
     """Read a run's settings from `--config FILE` and `--section.key value` flags; flags win.
 
@@ -299,36 +297,36 @@ def parse_config(argv: Sequence[str], prog: str) -> Config:
         ValueError: An unknown key, a wrong type, or a value out of bounds; the message is one line that names it.
         SystemExit: `--help` was asked for, with code 0.
     """
-    return parse_arguments(argv, Config, prog, with_config_file=True)
+    parser = new_parser(prog, "Train a face embedding; any key below can also stand in the YAML file of --config.")
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags win over it")
+    for section in fields(Config):
+        parser.add_class_arguments(section.type, section.name)
+    given = parse_arguments(parser, argv)
+    sections = parser.instantiate(given)
+    return Config(**{section.name: getattr(sections, section.name) for section in fields(Config)})
 
 
-def parse_arguments(
-    argv: Sequence[str], kind: type[SectionT], prog: str, *, with_config_file: bool = False
-) -> SectionT:
-    """Read a dataclass of settings from the command line; the docstrings of its fields are the help text.
+def new_parser(prog: str, description: str) -> Any:
+    """Return a command's parser, to which `add_argument` adds as in argparse."""
+    import jsonargparse
 
-    Fields are flags (`--key`); fields that are dataclasses give dotted flags (`--section.key`).
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return jsonargparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, exit_on_error=False)
+
+
+def parse_arguments(parser: Any, argv: Sequence[str]) -> Any:
+    """Return the namespace of a command line.
 
     Raises:
-        ValueError: An unknown key, a wrong type, or a value out of bounds; the message is one line that names it.
+        ValueError: An unknown flag or a wrong value; the message is one line that names it.
         SystemExit: `--help` was asked for, with code 0.
     """
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=kind.__doc__, allow_abbrev=False, exit_on_error=False)
-    if with_config_file:
-        parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
-    sections = [f for f in fields(kind) if dataclasses.is_dataclass(f.type)]  # type: ignore[arg-type]
-    for section in sections:
-        parser.add_class_arguments(section.type, section.name)
-    if not sections:
-        parser.add_class_arguments(kind)
     try:
-        given = parser.instantiate(parser.parse_args(list(argv)))
+        return parser.parse_args(list(argv))
     except jsonargparse.ArgumentError as error:
         raise ValueError(_one_line(error)) from None
-    return kind(**{f.name: getattr(given, f.name) for f in fields(kind)})  # type: ignore[arg-type]
 
 
 def load_config(file: Path) -> Config:
