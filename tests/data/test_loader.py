@@ -1,0 +1,216 @@
+import multiprocessing
+import os
+import signal
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from facetrain.config import DataConfig
+from facetrain.data.decode import decode_augmented, decode_face
+from facetrain.data.index import ClassTable
+from facetrain.data.loader import PairLoader
+from facetrain.data.plan import Plan
+
+COUNTS = [2, 3, 4] * 8
+TABLE = ClassTable(
+    names=tuple(f"person{i}" for i in range(len(COUNTS))), first_image=np.concatenate([[0], np.cumsum(COUNTS)])
+)
+SHARD_PX = 24
+AUGMENTED = {"crop_jitter_px": 2, "colour_jitter": 0.2}
+
+
+class Faces:
+    """Images in memory."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(0, 256, (TABLE.num_images, SHARD_PX, SHARD_PX, 3), dtype=np.uint8)
+        self.images = [cv2.imencode(".jpg", image)[1].tobytes() for image in pixels]
+
+    def read(self, image):
+        return self.images[image]
+
+
+@pytest.fixture(scope="module")
+def shards():
+    return Faces()
+
+
+def plan_of(seed=3):
+    return Plan(TABLE, np.arange(len(COUNTS)), global_pairs=8, seed=seed)
+
+
+def config_of(workers=0, prefetch=2, **changes):
+    return DataConfig(shard_px=SHARD_PX, image_px=16, workers=workers, prefetch=prefetch, **changes)
+
+
+def loader_of(plan, shards, config, first_step=0, last_step=10, rank=0, world_size=1):
+    return PairLoader(
+        plan, shards, config, rank=rank, world_size=world_size, first_step=first_step, last_step=last_step
+    )
+
+
+def batches_of(*args, **kwargs):
+    with loader_of(*args, **kwargs) as loader:
+        return list(loader)
+
+
+def same(a, b):
+    return a.step == b.step and torch.equal(a.labels_n, b.labels_n) and torch.equal(a.images_VnHWC, b.images_VnHWC)
+
+
+def all_same(batches_a, batches_b):
+    return all(same(a, b) for a, b in zip(batches_a, batches_b, strict=True))
+
+
+def test_batch_holds_the_planned_images(shards):
+    config = config_of(**AUGMENTED)
+    for batch in batches_of(plan_of(), shards, config, last_step=4):
+        step_plan = plan_of().step(batch.step)
+        assert batch.images_VnHWC.shape == (2, 8, 16, 16, 3)
+        assert batch.images_VnHWC.dtype == torch.uint8
+        assert batch.labels_n.tolist() == step_plan.labels_N.tolist()
+        for pair in range(8):
+            for view in range(2):
+                data = shards.read(step_plan.image_idx_N2[pair, view])
+                expected = decode_augmented(data, config, int(step_plan.augment_seeds_N2[pair, view]), "a")
+                assert np.array_equal(batch.images_VnHWC[view, pair].numpy(), expected)
+
+
+def test_augmentation_off_gives_the_images_of_evaluation(shards):
+    config = config_of(mirror=False, colour="grey")
+    (batch,) = batches_of(plan_of(), shards, config, last_step=1)
+    for pair, images in enumerate(plan_of().step(0).image_idx_N2):
+        for view, image in enumerate(images):
+            expected = decode_face(shards.read(image), config, "a")
+            assert np.array_equal(batch.images_VnHWC[view, pair].numpy(), expected)
+
+
+def test_workers_change_no_pixel(shards):
+    alone = batches_of(plan_of(), shards, config_of(**AUGMENTED))
+    assert [b.step for b in alone] == list(range(10))
+    for workers in (1, 2):
+        assert all_same(batches_of(plan_of(), shards, config_of(workers, **AUGMENTED)), alone)
+
+
+def test_ranks_together_hold_the_batch_of_one_process(shards):
+    whole = batches_of(plan_of(), shards, config_of(**AUGMENTED))
+    for world_size in (2, 4):
+        ranks = [
+            batches_of(plan_of(), shards, config_of(**AUGMENTED), rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        for batch, *parts in zip(whole, *ranks, strict=True):
+            assert torch.equal(batch.labels_n, torch.cat([p.labels_n for p in parts]))
+            assert torch.equal(batch.images_VnHWC, torch.cat([p.images_VnHWC for p in parts], dim=1))
+
+
+MINED = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stop", [3, 7, 8])
+def test_resume_equals_the_uninterrupted_stream(shards, workers, stop):
+    """Steps 7 to 9 are mined: their lists are pending at a stop at step 3, partly used at a stop at step 8."""
+    plan = plan_of()
+    plan.add_mined(7, MINED)
+    uninterrupted = batches_of(plan, shards, config_of(**AUGMENTED), last_step=14)
+
+    stopped = plan_of()
+    stopped.add_mined(7, MINED)
+    with loader_of(stopped, shards, config_of(workers, **AUGMENTED), last_step=14) as loader:
+        before = [next(loader) for _ in range(stop)]
+    resumed = plan_of()
+    for step, labels in stopped.pending(stop).items():
+        resumed.add_mined(step, labels[None])
+    after = batches_of(resumed, shards, config_of(workers, **AUGMENTED), first_step=stop, last_step=14)
+    assert all_same(before + after, uninterrupted)
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 2), (1, 1), (1, 4), (2, 1), (2, 2)])
+def test_loader_draws_just_so_far_ahead(shards, workers, prefetch):
+    """Before `next` for step s, the plan is drawn below s + workers * prefetch: lists from there on take effect."""
+    first, ahead = 5, workers * prefetch
+    plan = plan_of()
+    with loader_of(plan, shards, config_of(workers, prefetch), first, last_step=60) as loader:
+        assert loader.first_undrawn_step == first
+        labels = {}
+        for step in range(first, first + 20):
+            if step > first:
+                assert loader.first_undrawn_step == step + ahead
+            if step == first + 3:
+                plan.add_mined(step + ahead, MINED)  # the earliest that takes effect
+            if step == first + 10:
+                plan.add_mined(step + ahead - 1, MINED[:1])  # one too early: drawn already where there are workers
+            labels[step] = next(loader).labels_n.tolist()
+            assert loader.first_undrawn_step == step + ahead + 1
+        earliest, late = first + 3 + ahead, first + 9 + ahead
+        assert [labels[earliest + b] for b in range(len(MINED))] == MINED.tolist()
+        assert labels[late] == plan_of().step(late).labels_N.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_that_is_none_is_named_in_one_line(workers):
+    broken = Faces()
+    image = int(plan_of().step(2).image_idx_N2[1, 0])
+    broken.images[image] = b"not an image"
+    label = TABLE.identity_of(image)
+    key = rf"^{label:07d}_{image - TABLE.first_image[label]:04d}\.jpg: expected an image, got 12 bytes[^\n]*$"
+    loader = loader_of(plan_of(), broken, config_of(workers))
+    assert [next(loader).step, next(loader).step] == [0, 1]
+    with pytest.raises(ValueError, match=key):
+        next(loader)
+    assert not multiprocessing.active_children()
+
+
+class Gone(Faces):
+    """A shard whose file was removed."""
+
+    def read(self, image):
+        raise FileNotFoundError(2, "No such file or directory", "shards/000000.tar")
+
+
+def test_missing_shard_is_named():
+    loader = loader_of(plan_of(), Gone(), config_of(1))
+    with pytest.raises(FileNotFoundError, match=r"shards/000000\.tar"):
+        next(loader)
+
+
+def test_close_leaves_no_worker(shards):
+    loader = loader_of(plan_of(), shards, config_of(2), last_step=1000)
+    next(loader)
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_workers_outlive_the_signal_that_ends_a_job(shards):
+    with loader_of(plan_of(), shards, config_of(1), last_step=30) as loader:
+        next(loader)
+        (worker,) = multiprocessing.active_children()
+        next(loader)  # its start is over
+        os.kill(worker.pid, signal.SIGTERM)
+        assert [b.step for b in loader] == list(range(2, 30))
+    assert not multiprocessing.active_children()
+
+
+def test_loader_leaves_the_global_generator_alone(shards):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    batches_of(plan_of(), shards, config_of(1), last_step=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_wait_is_measured(shards):
+    with loader_of(plan_of(), shards, config_of(0)) as loader:
+        next(loader)
+        assert loader.wait_s > 0
+
+
+def test_uneven_world_size_is_refused_before_any_worker_starts(shards):
+    with pytest.raises(ValueError, match=r"train\.global_pairs: expected a multiple of the 3 processes, got 8"):
+        loader_of(plan_of(), shards, config_of(1), world_size=3)
