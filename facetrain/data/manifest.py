@@ -1,0 +1,119 @@
+"""The manifest of a folder of shards: what it holds and how it was packed."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from facetrain.data.index import part_of
+
+FORMAT = 1
+"""Version of the folder's layout; readers refuse others."""
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard, as the manifest describes it."""
+
+    name: str
+    """File name of the tar."""
+    size_bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Checksum of the tar."""
+    images: int
+    """Images in it."""
+    identities: int
+    """Identities in it; none has images in another shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """What, besides the faces, decides the bytes of a packing."""
+
+    image_px: int = 112
+    """Side of the square images, in pixels."""
+    quality: int = 92
+    """JPEG quality of the images that are encoded anew, 1 to 100."""
+    min_px: int = 16
+    """Images whose shorter side has fewer pixels are rejected."""
+    images_per_shard: int = 10_000
+    """A shard is closed before the identity that would exceed it; shards are what packing does in parallel."""
+    seed: int = 0
+    """Seed of the identities' order."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        for name in ("image_px", "quality", "min_px", "images_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pack: {name}: expected 1 or more, got {getattr(self, name)}")
+        if self.quality > 100:
+            raise ValueError(f"pack: quality: expected 1 to 100, got {self.quality}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds. Two packings of the same faces with the same settings are equal."""
+
+    format: int
+    """Version of the layout."""
+    packer: str
+    """Program and version that wrote it."""
+    settings: PackSettings
+    """How it was packed."""
+    source_sha256: str
+    """Fingerprint of the packed faces: their names and lengths."""
+    identities: int
+    """Number of identities."""
+    images: int
+    """Number of images."""
+    single_image_identities: int
+    """Identities with one image; they can't give a pair of different images."""
+    rejected_images: int
+    """Images of the source that rejected.jsonl lists."""
+    dropped_identities: int
+    """Identities of the source without a usable image; rejected.jsonl lists them too."""
+    shards: tuple[ShardInfo, ...]
+    """The shards, in the order of their images."""
+
+    @property
+    def image_px(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.settings.image_px
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json, at once or not at all."""
+        write_text(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read manifest.json.
+
+        Raises:
+            ValueError: The folder holds no shards, or those of another version; the message names it.
+        """
+        path = folder / MANIFEST_FILE
+        if not path.is_file():
+            lacks = "it has no manifest.json" if folder.is_dir() else "no such folder"
+            raise ValueError(f"{folder}: no shards ({lacks}); `facetrain pack SOURCE {folder}` makes them")
+        try:
+            content = json.loads(path.read_text())
+            found = content["format"]
+            if found == FORMAT:
+                shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
+                return cls(settings=PackSettings(**content.pop("settings")), shards=shards, **content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a manifest of facetrain shards, can't be read: {error}") from None
+        raise ValueError(f"{path}: expected shard format {FORMAT}, got {found}; pack the source again")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, at once or not at all."""
+    part = part_of(path)
+    part.write_text(text)
+    part.replace(path)
