@@ -1,0 +1,84 @@
+# Functions that the scripts in launch/ and tests/ share; sourced, never run.
+# FACETRAIN_VENV=DIR uses an environment of your own, with facetrain installed, instead of .venv, and leaves it as it is.
+# shellcheck shell=bash
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+# Ends with one line and the exit code of a user's error.
+fail() {
+    printf 'facetrain: error: %s\n' "$1" >&2
+    exit 2
+}
+
+# Makes .venv with the package, its pinned dependencies and, with 'dev', the tools of the tests; nothing where that is
+# done already. A stamp holds the hash of what was installed.
+make_environment() {
+    local extra="${1:-}" venv="$root/.venv" wanted stamp started_at=$SECONDS
+    if [[ -n "${FACETRAIN_VENV:-}" ]]; then
+        use_environment "$FACETRAIN_VENV"
+        return
+    fi
+    wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)"
+    stamp="$venv/installed${extra:+-$extra}"
+    if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" && "$(cat "$venv/installed-dev" 2>/dev/null)" != "$wanted" ]]; then
+        echo "installing into .venv"
+        "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m uv --version >/dev/null 2>&1 || make_venv
+        install_into_venv -e "$root${extra:+[$extra]}"
+        printf '%s\n' "$wanted" >"$stamp"
+        echo "installed in $((SECONDS - started_at)) s"
+    fi
+    use_environment "$venv"
+}
+
+# Some Pythons come without ensurepip (Debian splits it off): then uv makes the environment.
+make_venv() {
+    local python venv="$root/.venv" aside
+    python="$(find_python)" || fail "expected Python 3.11, 3.12 or 3.13 on the PATH, or its path in PYTHON"
+    if ! "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
+        aside="$(mktemp -d)"
+        "$python" -m pip install --quiet --target "$aside" -c "$root/constraints.txt" uv >&2 ||
+            fail "$python: expected the module venv with ensurepip, or pip; on Debian: apt-get install python3-venv"
+        PYTHONPATH="$aside" "$python" -m uv venv --quiet --clear --seed --python "$python" "$venv"
+        rm -r "$aside"
+    fi
+}
+
+find_python() {
+    local python
+    for python in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+        if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+            command -v "$python"
+            return
+        fi
+        [[ -z "${PYTHON:-}" ]] || return 1
+    done
+    return 1
+}
+
+# uv installs five times faster than pip; where it can't be had, pip does the same.
+install_into_venv() {
+    local python="$root/.venv/bin/python"
+    if "$python" -m uv --version >/dev/null 2>&1 ||
+        "$python" -m pip install --quiet -c "$root/constraints.txt" uv >/dev/null 2>&1; then
+        "$python" -m uv pip install --quiet --python "$python" -c "$root/constraints.txt" "$@"
+    else
+        "$python" -m pip install --quiet -c "$root/constraints.txt" "$@"
+    fi
+}
+
+# Puts an environment first on the PATH: the given one, else FACETRAIN_VENV, the active one, or .venv.
+use_environment() {
+    local venv="${1:-${FACETRAIN_VENV:-${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}}}"
+    [[ ! -d "$venv/bin" ]] || export PATH="$venv/bin:$PATH"
+    python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("facetrain") is None)' 2>/dev/null ||
+        fail "facetrain isn't installed in $venv; bash launch/quickstart.sh makes .venv, FACETRAIN_VENV names another"
+    # With more threads, the processes of a machine take each other's cores.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    # Otherwise a restart over gloo gets stale addresses from the agent's store, and fails.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+}
+
+# Checks the config and what it reads once, before any process starts: check_config WORLD_SIZE --config FILE [flags]
+check_config() {
+    WORLD_SIZE="$1" python3 -m facetrain check "${@:2}"
+}

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs every check: format, lint, types, import layers, tests. Each runs even if another fails.
+#   bash tests/run.sh [--all] [arguments for pytest]      --all adds the tests marked slow and cluster
+# FACETRAIN_DATA=DIR adds the tests on real faces.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+marks=(-m "not slow and not cluster")
+if [[ "${1:-}" == --all ]]; then
+    marks=()
+    shift
+fi
+make_environment dev
+export OMP_NUM_THREADS=1
+
+failed=()
+run() {
+    printf '\n== %s\n' "$*"
+    "$@" || failed+=("$1 ${2:-}")
+}
+run ruff format --check .
+run ruff check .
+run mypy
+run lint-imports
+[[ ${#failed[@]} == 0 ]] || printf '\nfailed so far: %s\n' "$(IFS=, && echo "${failed[*]}")"
+# Last, so that the output ends with its summary.
+run python3 -m pytest "${marks[@]}" "$@"
+exit $((${#failed[@]} > 0))
