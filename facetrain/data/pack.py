@@ -154,7 +154,7 @@ def _in_parallel(
 
 def _merge(out: Path, job: Job, records: Sequence[Record], fingerprint: str) -> Manifest:
     """Write what describes all shards together; the manifest comes last."""
-    skipped = [asdict(image) for image in job.faces.skipped]
+    skipped = [{"image": image.name, "reason": image.reason} for image in job.faces.skipped]
     lines = [*skipped, *chain.from_iterable(record.rejected for record in records)]
     lines.sort(key=lambda line: (line.get("image") or line["identity"], "image" in line))
     write_text(out / REJECTED_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
