@@ -14,7 +14,8 @@ def decode_face(data: bytes, config: DataConfig, name: str) -> npt.NDArray[np.ui
     """Decode one face as evaluation sees it: the centre crop, unchanged.
 
     Args:
-        data: A JPEG or anything else that OpenCV reads. An image that isn't shard_px square is resized to that.
+        data: A JPEG or anything else that OpenCV reads. What isn't shard_px x shard_px is
+            cut to its centre square and resized to that.
         config: shard_px, crop_px, image_px and colour.
         name: How an error calls the image.
 
@@ -83,6 +84,11 @@ def _window(image: Any, left: int, top: int, side: int) -> Any:
 
 
 def _resized(image: Any, side: int) -> Any:
-    if image.shape[:2] == (side, side):
+    """Resize to a square; what isn't square is cut to its centre square first, as packing does."""
+    height, width = image.shape[:2]
+    if height == width == side:
         return image
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+    short = min(height, width)
+    square = image[(height - short) // 2 :, (width - short) // 2 :][:short, :short]
+    # INTER_AREA averages what it shrinks; enlarging, it would only repeat pixels.
+    return cv2.resize(square, (side, side), interpolation=cv2.INTER_AREA if short > side else cv2.INTER_LINEAR)

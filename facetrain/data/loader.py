@@ -3,12 +3,14 @@
 Dims: V = 2 views of a pair (0 anchor, 1 positive), n pairs on this rank, H x W pixels, C channels.
 """
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from threading import Thread
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -20,14 +22,7 @@ from facetrain.batch import PairBatch
 from facetrain.config import DataConfig
 from facetrain.data.decode import decode_augmented
 from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
-
-
-class ImageReader(Protocol):
-    """Where image bytes come from: a `ShardSet`, in this process or after a fork."""
-
-    def read(self, image: int) -> bytes:
-        """Return the encoded image of a global image number."""
-        ...
+from facetrain.data.shards import ShardSet
 
 
 class PairLoader:
@@ -46,7 +41,7 @@ class PairLoader:
     def __init__(
         self,
         plan: Plan,
-        shards: ImageReader,
+        shards: ShardSet,
         config: DataConfig,
         *,
         rank: int,
@@ -72,7 +67,7 @@ class PairLoader:
         """
         self._slices = _StepSlices(plan, rank, world_size, first_step, last_step)
         self._loader: DataLoader[PairBatch | Exception] = DataLoader(
-            _DecodedPairs(shards, np.asarray(plan.table.first_image), config),
+            _DecodedPairs(shards, config),
             sampler=self._slices,
             batch_size=None,
             num_workers=config.workers,
@@ -147,8 +142,8 @@ class _StepSlices(Sampler[StepPlan]):
 class _DecodedPairs(Dataset[PairBatch | Exception]):
     """The batch of a StepPlan; runs in a worker."""
 
-    def __init__(self, shards: ImageReader, first_image: npt.NDArray[np.int64], config: DataConfig) -> None:
-        self._shards, self._first_image, self._config = shards, first_image, config
+    def __init__(self, shards: ShardSet, config: DataConfig) -> None:
+        self._shards, self._config = shards, config
 
     def __getitem__(self, step_plan: StepPlan) -> PairBatch | Exception:
         try:
@@ -158,22 +153,36 @@ class _DecodedPairs(Dataset[PairBatch | Exception]):
             return error
 
     def _decode(self, step_plan: StepPlan) -> PairBatch:
-        side = self._config.image_px
-        images_VnHWC = torch.empty(2, len(step_plan.labels_N), side, side, self._config.channels, dtype=torch.uint8)
-        pixels = images_VnHWC.numpy()
-        first_n = self._first_image[step_plan.labels_N]
-        rows = zip(step_plan.labels_N.tolist(), first_n.tolist(), strict=True)
+        n, side, channels = len(step_plan.labels_N), self._config.image_px, self._config.channels
+        images_VnHWC = torch.empty(2, n, side, side, channels, dtype=torch.uint8)
+        pixels_VnHWC = images_VnHWC.numpy()
         images_n2, seeds_n2 = step_plan.image_idx_N2.tolist(), step_plan.augment_seeds_N2.tolist()
-        for i, (label, first) in enumerate(rows):
-            for view, (image, seed) in enumerate(zip(images_n2[i], seeds_n2[i], strict=True)):
-                key = f"{label:07d}_{image - first:04d}.jpg"  # as the shards name it
-                pixels[view, i] = decode_augmented(self._shards.read(image), self._config, seed, key)
+        for i in range(n):
+            for view in range(2):
+                pixels_VnHWC[view, i] = self._image(images_n2[i][view], seeds_n2[i][view])
         return PairBatch(step=step_plan.step, images_VnHWC=images_VnHWC, labels_n=torch.from_numpy(step_plan.labels_N))
+
+    def _image(self, image: int, seed: int) -> npt.NDArray[np.uint8]:
+        data = self._shards.read(image)
+        try:
+            return decode_augmented(data, self._config, seed, f"image {image}")
+        except ValueError as error:
+            # Looking up the shard's name for each image would take a tenth of the time to decode it.
+            raise ValueError(f"{self._shards.where(image)}: {error}") from None
 
 
 def _start_worker(worker_id: int) -> None:
     """Prepare a worker process."""
-    # A cluster that ends a job signals all its processes. The training process decides when to stop and may still
-    # take the steps up to its last checkpoint; workers end with it, or when they find it gone.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(0)  # its thread pool doesn't survive a fork, and the workers are the parallelism
+    # A cluster that ends a job signals all its processes, but when to stop is for the training process to decide: it
+    # may still take some steps, and the death of a worker would raise in the middle of its last checkpoint.
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    """Exit on the parent's SIGTERM; swallow everybody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -68,6 +68,11 @@ def test_image_of_another_size_is_resized_first():
     assert np.abs(face.astype(int) - picture()).max() <= 2
 
 
+def test_image_that_is_not_square_keeps_its_proportions():
+    wide = np.pad(picture(), ((0, 0), (20, 20), (0, 0)))
+    assert np.array_equal(decode_face(png(wide), PLAIN, "a"), picture())
+
+
 def test_seed_decides_everything():
     config = DataConfig(crop_jitter_px=4, colour_jitter=0.3)
     first, second = (decode_augmented(png(picture()), config, seed, "a") for seed in (11, 12))

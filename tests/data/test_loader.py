@@ -1,6 +1,9 @@
 import multiprocessing
 import os
-import signal
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,37 +12,35 @@ import torch
 
 from facetrain.config import DataConfig
 from facetrain.data.decode import decode_augmented, decode_face
-from facetrain.data.index import ClassTable
 from facetrain.data.loader import PairLoader
+from facetrain.data.pack import pack
 from facetrain.data.plan import Plan
+from facetrain.data.shards import ShardSet
 
 COUNTS = [2, 3, 4] * 8
-TABLE = ClassTable(
-    names=tuple(f"person{i}" for i in range(len(COUNTS))), first_image=np.concatenate([[0], np.cumsum(COUNTS)])
-)
 SHARD_PX = 24
 AUGMENTED = {"crop_jitter_px": 2, "colour_jitter": 0.2}
 
 
-class Faces:
-    """Images in memory."""
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        pixels = rng.integers(0, 256, (TABLE.num_images, SHARD_PX, SHARD_PX, 3), dtype=np.uint8)
-        self.images = [cv2.imencode(".jpg", image)[1].tobytes() for image in pixels]
-
-    def read(self, image):
-        return self.images[image]
-
-
 @pytest.fixture(scope="module")
-def shards():
-    return Faces()
+def shards(tmp_path_factory):
+    """Three shards of noise."""
+    folder = tmp_path_factory.mktemp("loader")
+    rng = np.random.default_rng(0)
+    for person, count in enumerate(COUNTS):
+        (folder / f"faces/person{person}").mkdir(parents=True)
+        for k in range(count):
+            pixels = rng.integers(0, 256, (SHARD_PX, SHARD_PX, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"faces/person{person}/{k}.jpg"), pixels)
+    pack([folder / "faces"], folder / "shards", image_px=SHARD_PX, images_per_shard=30, workers=1)
+    return ShardSet.open(folder / "shards")
 
 
-def plan_of(seed=3):
-    return Plan(TABLE, np.arange(len(COUNTS)), global_pairs=8, seed=seed)
+def plan_of(shards, mined=None):
+    plan = Plan(shards.table, np.arange(len(COUNTS)), global_pairs=8, seed=3)
+    for step, labels in (mined or {}).items():
+        plan.add_mined(step, labels[None])
+    return plan
 
 
 def config_of(workers=0, prefetch=2, **changes):
@@ -67,8 +68,8 @@ def all_same(batches_a, batches_b):
 
 def test_batch_holds_the_planned_images(shards):
     config = config_of(**AUGMENTED)
-    for batch in batches_of(plan_of(), shards, config, last_step=4):
-        step_plan = plan_of().step(batch.step)
+    for batch in batches_of(plan_of(shards), shards, config, last_step=4):
+        step_plan = plan_of(shards).step(batch.step)
         assert batch.images_VnHWC.shape == (2, 8, 16, 16, 3)
         assert batch.images_VnHWC.dtype == torch.uint8
         assert batch.labels_n.tolist() == step_plan.labels_N.tolist()
@@ -81,25 +82,25 @@ def test_batch_holds_the_planned_images(shards):
 
 def test_augmentation_off_gives_the_images_of_evaluation(shards):
     config = config_of(mirror=False, colour="grey")
-    (batch,) = batches_of(plan_of(), shards, config, last_step=1)
-    for pair, images in enumerate(plan_of().step(0).image_idx_N2):
+    (batch,) = batches_of(plan_of(shards), shards, config, last_step=1)
+    for pair, images in enumerate(plan_of(shards).step(0).image_idx_N2):
         for view, image in enumerate(images):
             expected = decode_face(shards.read(image), config, "a")
             assert np.array_equal(batch.images_VnHWC[view, pair].numpy(), expected)
 
 
 def test_workers_change_no_pixel(shards):
-    alone = batches_of(plan_of(), shards, config_of(**AUGMENTED))
+    alone = batches_of(plan_of(shards), shards, config_of(**AUGMENTED))
     assert [b.step for b in alone] == list(range(10))
     for workers in (1, 2):
-        assert all_same(batches_of(plan_of(), shards, config_of(workers, **AUGMENTED)), alone)
+        assert all_same(batches_of(plan_of(shards), shards, config_of(workers, **AUGMENTED)), alone)
 
 
 def test_ranks_together_hold_the_batch_of_one_process(shards):
-    whole = batches_of(plan_of(), shards, config_of(**AUGMENTED))
+    whole = batches_of(plan_of(shards), shards, config_of(**AUGMENTED))
     for world_size in (2, 4):
         ranks = [
-            batches_of(plan_of(), shards, config_of(**AUGMENTED), rank=rank, world_size=world_size)
+            batches_of(plan_of(shards), shards, config_of(**AUGMENTED), rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         for batch, *parts in zip(whole, *ranks, strict=True):
@@ -114,17 +115,15 @@ MINED = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 
 @pytest.mark.parametrize("stop", [3, 7, 8])
 def test_resume_equals_the_uninterrupted_stream(shards, workers, stop):
     """Steps 7 to 9 are mined: their lists are pending at a stop at step 3, partly used at a stop at step 8."""
-    plan = plan_of()
+    plan = plan_of(shards)
     plan.add_mined(7, MINED)
     uninterrupted = batches_of(plan, shards, config_of(**AUGMENTED), last_step=14)
 
-    stopped = plan_of()
+    stopped = plan_of(shards)
     stopped.add_mined(7, MINED)
     with loader_of(stopped, shards, config_of(workers, **AUGMENTED), last_step=14) as loader:
         before = [next(loader) for _ in range(stop)]
-    resumed = plan_of()
-    for step, labels in stopped.pending(stop).items():
-        resumed.add_mined(step, labels[None])
+    resumed = plan_of(shards, stopped.pending(stop))
     after = batches_of(resumed, shards, config_of(workers, **AUGMENTED), first_step=stop, last_step=14)
     assert all_same(before + after, uninterrupted)
 
@@ -133,7 +132,7 @@ def test_resume_equals_the_uninterrupted_stream(shards, workers, stop):
 def test_loader_draws_just_so_far_ahead(shards, workers, prefetch):
     """Before `next` for step s, the plan is drawn below s + workers * prefetch: lists from there on take effect."""
     first, ahead = 5, workers * prefetch
-    plan = plan_of()
+    plan = plan_of(shards)
     with loader_of(plan, shards, config_of(workers, prefetch), first, last_step=60) as loader:
         assert loader.first_undrawn_step == first
         labels = {}
@@ -148,38 +147,43 @@ def test_loader_draws_just_so_far_ahead(shards, workers, prefetch):
             assert loader.first_undrawn_step == step + ahead + 1
         earliest, late = first + 3 + ahead, first + 9 + ahead
         assert [labels[earliest + b] for b in range(len(MINED))] == MINED.tolist()
-        assert labels[late] == plan_of().step(late).labels_N.tolist()
+        assert labels[late] == plan_of(shards).step(late).labels_N.tolist()
+
+
+@pytest.fixture
+def damaged(shards, tmp_path):
+    """Return shards where the first image of step 2's second pair is overwritten, and a pattern of its place."""
+    folder = shutil.copytree(shards.folder, tmp_path / "shards")
+    image = int(plan_of(shards).step(2).image_idx_N2[1, 0])
+    tar, _, member = shards.where(image).partition(": ")
+    content = Path(tar).read_bytes()
+    face = shards.read(image)
+    (folder / Path(tar).name).write_bytes(content.replace(face, bytes(len(face))))
+    place = rf"{re.escape(str(folder / Path(tar).name))}: {member}: image {image}"
+    return ShardSet.open(folder), rf"^{place}: expected an image, got {len(face)} bytes[^\n]*$"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_image_that_is_none_is_named_in_one_line(workers):
-    broken = Faces()
-    image = int(plan_of().step(2).image_idx_N2[1, 0])
-    broken.images[image] = b"not an image"
-    label = TABLE.identity_of(image)
-    key = rf"^{label:07d}_{image - TABLE.first_image[label]:04d}\.jpg: expected an image, got 12 bytes[^\n]*$"
-    loader = loader_of(plan_of(), broken, config_of(workers))
+def test_image_that_is_none_is_named_in_one_line(damaged, workers):
+    damaged_shards, message = damaged
+    loader = loader_of(plan_of(damaged_shards), damaged_shards, config_of(workers))
     assert [next(loader).step, next(loader).step] == [0, 1]
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=message):
         next(loader)
     assert not multiprocessing.active_children()
 
 
-class Gone(Faces):
-    """A shard whose file was removed."""
-
-    def read(self, image):
-        raise FileNotFoundError(2, "No such file or directory", "shards/000000.tar")
-
-
-def test_missing_shard_is_named():
-    loader = loader_of(plan_of(), Gone(), config_of(1))
-    with pytest.raises(FileNotFoundError, match=r"shards/000000\.tar"):
+def test_shard_that_shrinks_while_it_is_read_is_named(damaged):
+    damaged_shards, _ = damaged
+    for tar in damaged_shards.folder.glob("*.tar"):
+        os.truncate(tar, 600)
+    loader = loader_of(plan_of(damaged_shards), damaged_shards, config_of(1))
+    with pytest.raises(ValueError, match=r"^[^\n]*shard-\d{6}\.tar: truncated: [^\n]*$"):
         next(loader)
 
 
 def test_close_leaves_no_worker(shards):
-    loader = loader_of(plan_of(), shards, config_of(2), last_step=1000)
+    loader = loader_of(plan_of(shards), shards, config_of(2), last_step=1000)
     next(loader)
     assert len(multiprocessing.active_children()) == 2
     loader.close()
@@ -189,28 +193,37 @@ def test_close_leaves_no_worker(shards):
 
 
 def test_workers_outlive_the_signal_that_ends_a_job(shards):
-    with loader_of(plan_of(), shards, config_of(1), last_step=30) as loader:
+    with loader_of(plan_of(shards), shards, config_of(1), last_step=30) as loader:
         next(loader)
         (worker,) = multiprocessing.active_children()
-        next(loader)  # its start is over
-        os.kill(worker.pid, signal.SIGTERM)
-        assert [b.step for b in loader] == list(range(2, 30))
-    assert not multiprocessing.active_children()
+        # Not from this process, whose word they obey.
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        assert [b.step for b in loader] == list(range(1, 30))
+
+
+def test_worker_of_a_loader_that_was_never_closed_ends_with_the_program(shards):
+    loader = loader_of(plan_of(shards), shards, config_of(1), last_step=1000)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()  # as multiprocessing does at exit
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
+    loader.close()
 
 
 def test_loader_leaves_the_global_generator_alone(shards):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    batches_of(plan_of(), shards, config_of(1), last_step=3)
+    batches_of(plan_of(shards), shards, config_of(1), last_step=3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_wait_is_measured(shards):
-    with loader_of(plan_of(), shards, config_of(0)) as loader:
+    with loader_of(plan_of(shards), shards, config_of(0)) as loader:
         next(loader)
         assert loader.wait_s > 0
 
 
 def test_uneven_world_size_is_refused_before_any_worker_starts(shards):
     with pytest.raises(ValueError, match=r"train\.global_pairs: expected a multiple of the 3 processes, got 8"):
-        loader_of(plan_of(), shards, config_of(1), world_size=3)
+        loader_of(plan_of(shards), shards, config_of(1), world_size=3)
