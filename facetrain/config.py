@@ -4,7 +4,9 @@ Sole importer of jsonargparse. A section is passed to what needs it; nothing rec
 """
 
 import dataclasses
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -301,7 +303,14 @@ def parse_config(argv: Sequence[str], prog: str) -> Config:
     parser.add_argument("--config", action="config", help="YAML file of settings; flags win over it")
     for section in fields(Config):
         parser.add_class_arguments(section.type, section.name)
-    given = parse_arguments(parser, argv)
+    try:
+        given = parse_arguments(parser, argv)
+    except ValueError as error:
+        # The parser's words about a file that isn't YAML, or no mapping, don't say which file.
+        nameless = str(error).startswith(("Problems parsing config", "Unexpected config"))
+        raise ValueError(f"{error} in {', '.join(_config_files(argv))}") if nameless else error from None
+    for section in fields(Config):
+        _check_values_are_there(section.name, section.type, given[section.name])
     sections = parser.instantiate(given)
     return Config(**{section.name: getattr(sections, section.name) for section in fields(Config)})
 
@@ -348,11 +357,17 @@ def config_yaml(config: Config) -> str:
     """Return the resolved config as YAML that `--config` reads back."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Quotes the strings that only the parser, not YAML 1.1, takes for numbers: an identity may be named 1e3."""
+
+    Dumper.add_representer(
+        str, lambda d, text: d.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
+    )
     plain = {
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for section, values in dataclasses.asdict(config).items()
     }
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False)
 
 
 def differing_keys(a: Config, b: Config, *, ignore: Sequence[str] = ()) -> list[str]:
@@ -397,5 +412,31 @@ def _at_least(key: str, value: int, bound: int) -> None:
         raise ValueError(f"{key}: expected {bound} or more, got {value}")
 
 
+def _check_values_are_there(section: str, settings: Any, values: Any) -> None:
+    """Refuse what the parser lets through: a section that is no mapping, and null for a key that can't be null."""
+    if not hasattr(values, "as_dict"):
+        raise ValueError(f"{section}: expected keys and values, got {values!r}")
+    for key in fields(settings):
+        if values[key.name] is None and "None" not in str(key.type):
+            raise ValueError(f"{section}.{key.name}: expected a value, got null")
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    """Return the values of --config."""
+    return [file for flag, file in itertools.pairwise(argv) if flag == "--config"] + [
+        word.removeprefix("--config=") for word in argv if word.startswith("--config=")
+    ]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).replace('Parser key "', '"').split())
+    """Return the parser's message without line breaks, and with keys as they are typed: dotted."""
+    message = " ".join(str(error).replace('Parser key "', '"').split())
+    return re.sub(r"Group '(\S+)' does not accept option '(\S+)'", r"unknown key '\1.\2'", message)

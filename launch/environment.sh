@@ -10,20 +10,21 @@ fail() {
     exit 2
 }
 
-# Makes .venv with the package, its pinned dependencies and, with 'dev', the tools of the tests; nothing where that is
-# done already. A stamp holds the hash of what was installed.
+# make_environment package|dev: makes .venv with the package, its pinned dependencies and, with 'dev', the tools of the
+# tests; nothing where that is done already. A stamp holds the hash of what was installed.
 make_environment() {
-    local extra="${1:-}" venv="$root/.venv" wanted stamp started_at=$SECONDS
+    local venv="$root/.venv" target="$root" wanted stamp started_at=$SECONDS
+    [[ "$1" == package ]] || target="$root[$1]"
     if [[ -n "${FACETRAIN_VENV:-}" ]]; then
         use_environment "$FACETRAIN_VENV"
         return
     fi
     wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)"
-    stamp="$venv/installed${extra:+-$extra}"
+    stamp="$venv/installed-$1"
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" && "$(cat "$venv/installed-dev" 2>/dev/null)" != "$wanted" ]]; then
         echo "installing into .venv"
         "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m uv --version >/dev/null 2>&1 || make_venv
-        install_into_venv -e "$root${extra:+[$extra]}"
+        install_into_venv -e "$target"
         printf '%s\n' "$wanted" >"$stamp"
         echo "installed in $((SECONDS - started_at)) s"
     fi

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+
+from facetrain.config import Config, DataConfig, TrainConfig, config_yaml, differing_keys, load_config, parse_config
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_config(argv, prog="facetrain train")
+    return str(caught.value)
+
+
+def test_no_flags_give_the_defaults() -> None:
+    assert parse_config([], prog="facetrain train") == Config()
+
+
+def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {steps: 1, global_pairs: 4, learning_rate: 0.5}")
+    (tmp_path / "b.yaml").write_text("train: {steps: 2, global_pairs: 8}")
+    argv = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"), "--train.steps", "3"]
+    assert parse_config(argv, prog="x").train == TrainConfig(steps=3, global_pairs=8, learning_rate=0.5)
+
+
+def test_the_resolved_config_reads_back_to_the_same_config(tmp_path: Path) -> None:
+    config = Config(
+        data=DataConfig(crop_px=100, exclude=("0166921", "null", "1e3"), colour="grey"),
+        train=TrainConfig(schedule="step", drop_steps=(5, 7), learning_rate=1e-5),
+    )
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {learning_rate: 1e-3}")
+    assert parse_config(["--config", str(tmp_path / "c.yaml")], prog="x").train.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--train.stepz", "3"], ["train.stepz"]),
+        (["--train.step", "3"], ["train.step"]),  # an abbreviation is not a key
+        (["--train.steps", "many"], ["train.steps", "many", "int"]),
+        (["--train.steps", "-1"], ["train.steps", "0 or more", "-1"]),
+        (["--run.resume", "perhaps"], ["run.resume", "perhaps", "never"]),
+        (["--train.zero_stage", "3"], ["train.zero_stage", "3"]),
+        (["--train.schedule", "step"], ["train.drop_steps", "train.schedule=step"]),
+        (["--train.drop_steps", "[3]"], ["train.drop_steps", "train.schedule=step"]),
+        (["--train.schedule", "step", "--train.drop_steps", "[5, 3]"], ["train.drop_steps", "rising", "[5, 3]"]),
+        (["--data.crop_px", "113"], ["data.crop_px", "112", "113"]),
+        (["--data.colour_jitter", "1"], ["data.colour_jitter", "[0, 1)"]),
+        (["--model.imagenet_weights", "w.pth"], ["model.imagenet_weights", "torchvision:NAME"]),
+        (["--mining.mode", "table"], ["mining.mode", "gathered"]),
+        (["--mining.mode", "gathered", "--mining.lag_steps", "1"], ["mining.lag_steps", "data.workers", "4", "1"]),
+        (["--eval.images", "[lfw]"], ["eval.pairs", "eval.images"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_the_key(argv: list[str], words: list[str]) -> None:
+    message = error_of(*argv)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {stepz: 3}", ["train.stepz"]),
+        ("trian: {steps: 3}", ["trian"]),
+        ("train: {steps: many}", ["train.steps", "many"]),
+        ("train: {global_pairs: 1}", ["train.global_pairs", "2 or more"]),
+        ("train: [1, 2]", ["train", "[1, 2]"]),
+        ("train: {steps: null}", ["train.steps", "null"]),
+        ("run: {resume: null}", ["run.resume", "null"]),
+        ("[1, 2]", ["c.yaml"]),
+        ("train: {steps: 3", ["c.yaml"]),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_the_key(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    message = error_of("--config", str(file))
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_config_file_is_named() -> None:
+    assert "nowhere.yaml" in error_of("--config", "nowhere.yaml")
+
+
+def test_differing_keys_name_both_values() -> None:
+    other = Config(train=TrainConfig(steps=7, zero_stage=1))
+    assert differing_keys(Config(), other, ignore=["train.zero_stage"]) == ["train.steps: 1000 != 7"]
+
+
+def test_every_key_has_a_docstring_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help"], prog="facetrain train")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for key in Config().flat():
+        help_text = text.rsplit(f"  --{key} ", 1)[1].split("  --", 1)[0].split("(type:")[0]
+        assert len(help_text.split()) > 2, key
