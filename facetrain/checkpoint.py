@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -138,7 +138,8 @@ def load_backbone(run: Path) -> tuple[nn.Module, Config]:
     """
     file = weights_file(run)
     config = load_config(file.parent / "config.yaml")
-    backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
+    model = replace(config.model, imagenet_weights=None)  # the run's own weights take their place
+    backbone = build_backbone(model, channels=config.data.channels, image_px=config.data.image_px)
     load_weights(backbone, file)
     return backbone, config
 

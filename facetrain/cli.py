@@ -44,7 +44,7 @@ def _pack(argv: Sequence[str]) -> None:
         quality=args.quality,
         workers=args.workers,
     )
-    _print(f"{args.out}: {manifest.num_images} images of {manifest.num_identities} identities")
+    _print(f"{args.out}: {manifest.images} images of {manifest.identities} identities, {manifest.rejected_images} rejected")
 
 
 def _synth(argv: Sequence[str]) -> None:

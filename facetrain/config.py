@@ -33,6 +33,12 @@ class RunConfig:
     timeout_s: float = 600.0
     """Seconds after which a collective whose peer is gone fails."""
 
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        _at_least("run.seed", self.seed, 0)
+        if self.timeout_s <= 0:
+            raise ValueError(f"run.timeout_s: expected more than 0 seconds, got {self.timeout_s}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -148,6 +154,7 @@ class MiningConfig:
         _at_least("mining.candidates", self.candidates, 2)
         _at_least("mining.batches_per_round", self.batches_per_round, 1)
         _at_least("mining.warmup_steps", self.warmup_steps, 0)
+        _at_least("mining.lag_steps", self.lag_steps, 0)
         if not 0 < self.candidates_per_batch <= 1:
             raise ValueError(
                 f"mining.candidates_per_batch: expected a fraction in (0, 1], got {self.candidates_per_batch}"

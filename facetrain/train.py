@@ -39,7 +39,9 @@ from facetrain.step import StepStats, train_step
 from facetrain.tracking import Tracker
 from facetrain.world import World, start_world
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
+
+_ARTIFACTS = ("config.yaml", "results.json", "figures")
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,7 @@ class Run:
             save_weights(self.engine.backbone, self.config, path)
         self._evaluate(out=path)
         if self.world.is_main:
-            self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "figures")
+            self.tracker.artifacts(*(p for name in _ARTIFACTS if (p := path / name).exists()))
             log.info("run       %s", path)
             log.info("weights   %s", path / "model.safetensors")
             log.info("results   %s", path / "results.json")

@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from facetrain.config import LossConfig
+from facetrain.losses.npair import NPairLoss, npair_mc_rows
+from facetrain.world import World
+
+torch.manual_seed(0)
+
+
+def rows(anchors, positives, labels=None):
+    labels = torch.arange(len(anchors)) if labels is None else labels
+    return npair_mc_rows(anchors, positives, positives, labels, labels)
+
+
+def test_two_dimensional_embeddings_at_known_angles():
+    angle = math.radians(60)
+    anchors = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+    # Own inner products are 1, those with the other are cos 60 = 0.5.
+    expected = math.log(1 + math.exp(0.5 - 1.0))
+    torch.testing.assert_close(rows(anchors, anchors), torch.full((2,), expected, dtype=torch.float64))
+
+
+def test_four_pairs_by_hand():
+    anchors = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    positives = torch.tensor([[1.0, 0.0], [0.0, 3.0], [1.0, 0.0], [-2.0, 1.0]], dtype=torch.float64)
+    logits = [[2, 0, 2, -4], [0, 3, 0, 1], [1, 3, 1, -1], [-1, 0, -1, 2]]
+    expected = [
+        math.log(1 + sum(math.exp(s - row[i]) for j, s in enumerate(row) if j != i)) for i, row in enumerate(logits)
+    ]
+    torch.testing.assert_close(rows(anchors, positives), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_rows_are_the_cross_entropy_with_the_diagonal_as_target():
+    anchors, positives = torch.randn(2, 9, 5, dtype=torch.float64)
+    expected = F.cross_entropy(anchors @ positives.T, torch.arange(9), reduction="none")
+    torch.testing.assert_close(rows(anchors, positives), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_pass_gradcheck_with_and_without_repeated_identities():
+    anchors, positives = torch.randn(2, 6, 4, dtype=torch.float64).requires_grad_()
+    for labels in (torch.arange(6), torch.tensor([0, 1, 1, 2, 3, 3])):
+        assert torch.autograd.gradcheck(lambda a, p, y=labels: rows(a, p, y).sum(), (anchors, positives))
+
+
+def test_pairs_of_one_identity_are_no_negatives_of_each_other():
+    anchors, positives = torch.randn(2, 3, 4, dtype=torch.float64)
+    repeated = rows(anchors, positives, torch.tensor([7, 7, 8]))
+    alone = npair_mc_rows(anchors[:1], positives[:1], positives[[0, 2]], torch.tensor([7]), torch.tensor([7, 8]))
+    torch.testing.assert_close(repeated[0], alone[0])
+
+
+def test_a_row_without_negatives_has_loss_and_gradient_zero():
+    anchors, positives = torch.randn(2, 3, 4).requires_grad_()
+    loss = rows(anchors, positives, torch.zeros(3, dtype=torch.int64)).sum()
+    gradients = torch.autograd.grad(loss, (anchors, positives))
+    assert loss.item() == 0
+    assert all(gradient.eq(0).all() for gradient in gradients)
+
+
+def test_large_norms_do_not_overflow():
+    anchors, positives = 20 * torch.randn(2, 64, 128).requires_grad_()
+    loss = rows(anchors, positives).sum()
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("scale", [3.0, 4.5])
+def test_attracting_gradient_survives_a_small_loss(scale):
+    """In float32 the gradient of a nearly solved row agrees with float64 where a cross-entropy's no longer does."""
+    anchors = scale * torch.eye(8, 16, dtype=torch.float64)
+    positives = anchors + 0.01 * torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradient(dtype):
+        leaf = anchors.to(dtype, copy=True).requires_grad_()
+        loss = rows(leaf, positives.to(dtype)).sum()
+        return loss, torch.autograd.grad(loss, leaf)[0].double()
+
+    loss, exact = gradient(torch.float64)
+    assert loss < 1e-2
+    assert (gradient(torch.float32)[1] - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_penalty_is_the_mean_squared_norm_of_all_embeddings():
+    anchors, positives = torch.randn(2, 5, 3)
+    value = NPairLoss(LossConfig(l2_weight=0.5), World())(anchors, positives, torch.arange(5))
+    mean = torch.cat([anchors, positives]).square().sum(1).mean()
+    torch.testing.assert_close(value.squared_norm, mean)
+    torch.testing.assert_close(value.total, value.npair + 0.5 * mean)
+
+
+def test_bfloat16_embeddings_are_scored_in_float32_also_under_autocast():
+    anchors, positives = torch.randn(2, 32, 64).to(torch.bfloat16)
+    loss = NPairLoss(LossConfig(), World())
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(anchors, positives, torch.arange(32))
+    torch.testing.assert_close(value.npair, rows(anchors.float(), positives.float()).mean())
+    assert value.total.dtype == torch.float32
