@@ -14,7 +14,7 @@ fail() {
 # tests; nothing where that is done already. A stamp holds the hash of what was installed.
 make_environment() {
     local venv="$root/.venv" target="$root" wanted stamp started_at=$SECONDS
-    [[ "$1" == package ]] || target="$root[$1]"
+    [[ "$1" == package ]] || target="${root}[$1]"
     if [[ -n "${FACETRAIN_VENV:-}" ]]; then
         use_environment "$FACETRAIN_VENV"
         return

@@ -9,7 +9,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 processes=1
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case "$1" in
-        --nproc-per-node) processes="${2:-}" && shift ;;
+        --nproc-per-node)
+            [[ $# -gt 1 ]] || fail "--nproc-per-node: expected a number of processes"
+            processes="$2" && shift
+            ;;
         --nproc-per-node=*) processes="${1#*=}" ;;
         *) fail "$1: expected --nproc-per-node W, then -- and the flags of the training" ;;
     esac

@@ -1,0 +1,101 @@
+import sys
+from pathlib import Path
+
+import pytest
+from commands import assert_user_error, facetrain, run
+
+import facetrain as package
+from facetrain.cli import main
+
+COMMANDS = ["synth", "pack", "train", "check", "lfw"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_is_printed_and_is_no_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: facetrain {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_the_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(argv)
+    words = capsys.readouterr().out.split()
+    assert set(COMMANDS) <= set(words)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"{package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["tarin"], ["'tarin'", "train"]),
+        (["train", "--train.stepz", "3"], ["train.stepz"]),
+        (["check", "--train.stepz", "3"], ["train.stepz"]),
+        (["train", "--train.step", "3"], ["train.step"]),
+        (["train", "--train.steps", "many"], ["train.steps", "many"]),
+        (["train", "--run.resume", "perhaps"], ["run.resume", "perhaps"]),
+        (["train", "--train.schedule", "step"], ["train.drop_steps"]),
+        (["check", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["check", "--data.shards", "nowhere"], ["nowhere"]),
+        (["train", "--data.shards", "nowhere", "--run.dir", "nowhere"], ["nowhere"]),
+        (["check", "--run.device", "tpu"], ["run.device", "tpu"]),
+        (["pack", "nowhere", "out"], ["nowhere"]),
+        (["pack", "only-one-path"], ["out"]),
+        (["pack", "--image", "3", "a", "b"], ["--image"]),
+        (["synth", "out", "--num-identities", "few"], ["num_identities", "few"]),
+        (["lfw", "--pairs", "p.txt", "--out", "o"], ["--checkpoint", "--embeddings"]),
+        (["lfw", "--pairs", "p.txt", "--out", "o", "--checkpoint", "run"], ["--images"]),
+        (["lfw", "--pairs", "p.txt", "--out", "o", "--embeddings", "nowhere.npz"], ["nowhere.npz"]),
+        (["lfw", "--pairs", "p.txt", "--out", "o", "--checkpoint", "nowhere", "--images", "i"], ["nowhere"]),
+        (["lfw", "--embeddings", "e.npz", "--out", "o"], ["pairs"]),
+    ],
+)
+def test_a_users_error_is_one_line_and_code_2(
+    argv: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("facetrain: error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_more_processes_than_pairs_divide_into_is_an_error(tmp_path: Path) -> None:
+    done = facetrain("check", "--train.global_pairs", "10", cwd=tmp_path, WORLD_SIZE="4")
+    assert_user_error(done, "train.global_pairs", "10", "4")
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    assert_user_error(facetrain("train", "--train.stepz", "3", cwd=tmp_path), "train.stepz")
+
+
+def test_the_traceback_is_there_on_demand(tmp_path: Path) -> None:
+    done = facetrain("check", "--train.stepz", "3", cwd=tmp_path, FACETRAIN_TRACEBACK="1")
+    assert "Traceback" in done.stderr
+
+
+def test_eval_lfw_is_the_lfw_command() -> None:
+    done = run(sys.executable, "-m", "eval.lfw", "--help")
+    assert done.returncode == 0
+    assert "usage: facetrain lfw" in done.stdout
+    assert_user_error(run(sys.executable, "-m", "eval.lfw", "--pairz", "x"), "pair")
+
+
+def test_other_ranks_print_nothing(tmp_path: Path) -> None:
+    done = facetrain("train", "--train.stepz", "3", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")

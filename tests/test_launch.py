@@ -1,0 +1,114 @@
+"""The scripts in launch/, as a user starts them."""
+
+from pathlib import Path
+
+import pytest
+from commands import CONFIGS, ROOT, SCRIPTS, assert_user_error, run
+
+
+def launch(script: str, *words: str | Path, cwd: Path, **env: str):  # type: ignore[no-untyped-def]
+    return run("bash", ROOT / "launch" / script, *words, cwd=cwd, **env)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[script.name for script in SCRIPTS])
+def test_a_script_is_valid_bash(script: Path) -> None:
+    assert run("bash", "-n", script).returncode == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[script.name for script in SCRIPTS])
+def test_a_script_holds_no_personal_path(script: Path) -> None:
+    for word in ("/home/", "/root/", "/Users/", "git checkout", "git clone"):
+        assert word not in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], ["--config"]),
+        (["--"], ["--config"]),
+        (["--config", "x.yaml"], ["--config", "--nproc-per-node"]),
+        (["--nproc-per-node", "two", "--", "--config", "x.yaml"], ["--nproc-per-node", "'two'"]),
+        (["--nproc-per-node"], ["--nproc-per-node"]),
+        (["--", "--train.stepz", "3"], ["train.stepz"]),
+        (["--nproc-per-node", "3", "--", "--train.global_pairs", "10"], ["train.global_pairs", "10", "3"]),
+        (["--", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_torchrun_names_what_is_wrong_before_any_process_starts(
+    words: list[str], named: list[str], tmp_path: Path
+) -> None:
+    assert_user_error(launch("torchrun.sh", *words, cwd=tmp_path), *named)
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({"NNODES": "2"}, ["MASTER_ADDR"]),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "localhost"}, ["NODE_RANK", "0 to 1"]),
+        ({"NNODES": "1:2"}, ["NNODES", "'1:2'"]),
+    ],
+)
+def test_torchrun_names_a_wrong_variable(env: dict[str, str], named: list[str], tmp_path: Path) -> None:
+    done = launch("torchrun.sh", "--", "--config", CONFIGS[0], cwd=tmp_path, **env)
+    assert_user_error(done, *named)
+
+
+def test_torchrun_counts_the_processes_of_all_machines(tmp_path: Path) -> None:
+    env = {"NNODES": "2", "MASTER_ADDR": "localhost"}
+    words = ("--nproc-per-node", "3", "--", "--train.global_pairs", "10")
+    assert_user_error(launch("torchrun.sh", *words, cwd=tmp_path, **env), "train.global_pairs", "10", "6")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--lfw-images", "here"], ["--lfw-images", "--pairs"]),
+        (["--pairs", "nowhere.txt"], ["--pairs", "--lfw-images"]),
+        (["--lfw-images", "nowhere", "--pairs", "nowhere.txt"], ["nowhere"]),
+        (["--identities", "few"], ["--identities", "'few'"]),
+        (["--lfw-images"], ["--lfw-images"]),
+        (["--train.steps", "3"], ["--train.steps", "--"]),
+    ],
+)
+def test_quickstart_names_a_wrong_argument_before_anything_is_made(
+    words: list[str], named: list[str], tmp_path: Path
+) -> None:
+    assert_user_error(launch("quickstart.sh", *words, cwd=tmp_path), *named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_without_the_package_is_named(tmp_path: Path) -> None:
+    words = ("--", "--config", CONFIGS[0])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to("/usr/bin/false")
+    done = launch("torchrun.sh", *words, cwd=tmp_path, FACETRAIN_VENV=str(tmp_path))
+    assert_user_error(done, "facetrain isn't installed", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_quickstart_trains_resumes_and_says_so(tmp_path: Path) -> None:
+    small = ["--train.steps", "4", "--train.global_pairs", "8", "--train.warmup_steps", "0"]
+    small += ["--mining.warmup_steps", "0", "--mining.lag_steps", "4", "--mining.batches_per_round", "2"]
+    small += ["--data.holdout_identities", "20"]
+    words = ("--identities", "60", "--", *small)
+    env = {"CUDA_VISIBLE_DEVICES": ""}
+
+    first = launch("quickstart.sh", *words, cwd=tmp_path, timeout_s=280, **env)
+    assert first.returncode == 0, first.stdout + first.stderr
+    table = {line.rsplit(maxsplit=2)[0]: line.split()[-2:] for line in first.stdout.splitlines() if line.endswith("%")}
+    assert set(table) >= {"verification accuracy", "closed-full rank-1", "open-best-rowden DIR@FAR=1%"}
+    for path in ("run/results.json", "run/model.safetensors", "run/figures", "mlflow.db", "untrained/results.json"):
+        assert (tmp_path / "quickstart" / path).exists(), path
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]
+
+    again = launch("quickstart.sh", *words, cwd=tmp_path, timeout_s=60, **env)
+    assert again.returncode == 0, again.stderr
+    assert "is finished" in again.stderr + again.stdout
+
+    wrong = launch("quickstart.sh", "--", *small, "--train.stepz", "3", cwd=tmp_path, **env)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "train.stepz" in wrong.stderr
+    other = launch("quickstart.sh", "--", *small, "--train.learning_rate", "1", cwd=tmp_path, **env)
+    assert other.returncode == 2
+    assert "train.learning_rate" in other.stderr
