@@ -79,6 +79,11 @@ class Tracker:
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri("sqlite:///mlflow.db")
+        uri = mlflow.get_tracking_uri()
+        if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(config.experiment) is None:
+            # Files go beside the database; by default they would go below wherever the process was started.
+            files = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns"
+            mlflow.create_experiment(config.experiment, artifact_location=files.as_uri())
         mlflow.set_experiment(config.experiment)
         run = mlflow.start_run(run_id=self.run_id, run_name=None if self.run_id else config.run_name or run_dir.name)
         mlflow.set_tags(_environment())

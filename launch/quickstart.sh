@@ -44,7 +44,8 @@ gpus=0
 for count in 1 2 4 8; do [[ "$gpus" -lt "$count" ]] || processes="$count"; done
 on_all() { python3 -m torch.distributed.run --standalone --nproc-per-node "$processes" -m "$@"; }
 
-[[ -f quickstart/faces/heldout_people.txt ]] || python3 -m facetrain synth quickstart/faces --num-identities "$identities"
+# Both leave alone what is there already.
+python3 -m facetrain synth quickstart/faces --num-identities "$identities"
 python3 -m facetrain pack quickstart/faces/train quickstart/shards
 
 config=(--config "$root/configs/quickstart.yaml" "${flags[@]}")

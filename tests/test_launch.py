@@ -105,10 +105,10 @@ def test_quickstart_trains_resumes_and_says_so(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "is finished" in again.stderr + again.stdout
 
-    wrong = launch("quickstart.sh", "--", *small, "--train.stepz", "3", cwd=tmp_path, **env)
+    wrong = launch("quickstart.sh", *words, "--train.stepz", "3", cwd=tmp_path, **env)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert "train.stepz" in wrong.stderr
-    other = launch("quickstart.sh", "--", *small, "--train.learning_rate", "1", cwd=tmp_path, **env)
+    other = launch("quickstart.sh", *words, "--train.learning_rate", "1", cwd=tmp_path, **env)
     assert other.returncode == 2
     assert "train.learning_rate" in other.stderr
