@@ -73,7 +73,7 @@ class Canvas:
         self.fill(point + radius * CIRCLE, colour)
 
     def _pixels(self, points: Points) -> NDArray[np.int32]:
-        at_px = points @ self.roll * self.scale_px + self.centre_px
+        at_px: Points = points @ self.roll * self.scale_px + self.centre_px
         return np.round(at_px * (1 << _FIXED_BITS)).astype(np.int32)
 
 
@@ -100,7 +100,7 @@ def silhouette(traits: Traits, angles: Points) -> Points:
 def background(side_px: int, rng: np.random.Generator) -> Image:
     """Return a blurred room, uint8 [side_px, side_px, 3]: a gradient and a few shapes, drawn small and enlarged."""
     small_px = max(16, side_px // 5)
-    ends = [jitter((v, v, v), 100, rng) for v in rng.uniform(50, 220, 2)]
+    ends = [jitter((v, v, v), 100, rng) for v in rng.uniform(25, 235, 2)]
     ramp = np.linspace(0, 1, small_px)[:, None, None]
     image = (np.array(ends[0]) * (1 - ramp) + np.array(ends[1]) * ramp + np.zeros((1, small_px, 1))).astype(np.uint8)
     if rng.random() < 0.5:
@@ -139,5 +139,5 @@ def photograph(canvas: Canvas, capture: Capture, image_px: int, rng: np.random.G
     sigma_px = capture.blur_px * image_px / 112
     if sigma_px > 0.3:
         pixels = cv2.GaussianBlur(pixels, (0, 0), sigma_px)
-    pixels = pixels + capture.noise * rng.standard_normal(pixels.shape, dtype=np.float32)
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    noisy: NDArray[np.float32] = pixels + capture.noise * rng.standard_normal(pixels.shape, dtype=np.float32)
+    return np.clip(noisy, 0, 255).astype(np.uint8)

@@ -137,14 +137,14 @@ def _draw_mask(canvas: Canvas, traits: Traits, cloth: Colour) -> None:
     top = canvas.turn(rim, 0.12 * (1 - U**2))
     canvas.fill(np.concatenate([edge, top]), cloth)
     for y in (0.28, 0.48):
-        canvas.stroke(top[3:-3] + [[0.0, y]], mix(cloth, DARK, 0.25), 0.02)
+        canvas.stroke(top[3:-3] + np.array([0.0, y]), mix(cloth, DARK, 0.25), 0.02)
 
 
 def _draw_scarf(canvas: Canvas, traits: Traits, cloth: Colour) -> None:
     top = curve(1.3 * U, traits.nose_y + traits.mouth_y - 0.05 + 0.25 * U**2)
     canvas.fill(canvas.lean(np.concatenate([top, [[1.6, 3.0], [-1.6, 3.0]]])), cloth)
     for y in (0.2, 0.4, 0.6, 0.8):
-        canvas.stroke(canvas.lean(top + [[0.0, y]]), mix(cloth, DARK, 0.25), 0.04)
+        canvas.stroke(canvas.lean(top + np.array([0.0, y])), mix(cloth, DARK, 0.25), 0.04)
 
 
 def _draw_hat(canvas: Canvas, traits: Traits, cloth: Colour) -> None:
@@ -161,7 +161,7 @@ def _draw_hand(canvas: Canvas, traits: Traits, rng: np.random.Generator) -> None
     palm = np.array([side * rng.uniform(0.75, 1.15), rng.uniform(0.1, 1.1)])
     skin = mix(traits.skin, (190, 110, 84), 0.12)
     inward = np.arctan2(-palm[1] * 0.6, -palm[0]) + rng.uniform(-0.4, 0.4)
-    canvas.stroke(np.stack([palm, palm + [side * 0.9, 1.6]]), skin, 0.42)
+    canvas.stroke(np.stack([palm, palm + np.array([side * 0.9, 1.6])]), skin, 0.42)
     for spread in (-0.42, -0.14, 0.14, 0.42):
         direction = np.array([np.cos(inward + spread), np.sin(inward + spread)])
         finger = np.stack([palm + 0.2 * direction, palm + rng.uniform(0.5, 0.66) * direction])

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 - the functions called in the classes make fields
 """Who a synthetic face is and how it was photographed: the numbers that a drawing is made of.
 
 Traits are the identity and stay the same in all images of a person; Capture is everything else and changes from image
@@ -20,8 +21,8 @@ SKINS: tuple[Colour, ...] = (
     (244, 212, 186), (236, 194, 162), (220, 170, 130), (190, 136, 96), (148, 98, 66), (98, 62, 44),
 )  # fmt: skip
 HAIRS: tuple[Colour, ...] = (
-    (28, 24, 26), (28, 24, 26), (52, 36, 28), (92, 58, 34), (140, 92, 50), (206, 164, 96), (168, 74, 34),
-    (150, 148, 150), (226, 222, 214), (128, 60, 92), (64, 88, 112),
+    (28, 24, 26), (28, 24, 26), (52, 36, 28), (52, 36, 28), (92, 58, 34), (92, 58, 34), (140, 92, 50),
+    (206, 164, 96), (168, 74, 34), (150, 148, 150), (226, 222, 214), (128, 60, 92), (64, 88, 112),
 )  # fmt: skip
 IRISES: tuple[Colour, ...] = (
     (60, 38, 26), (104, 66, 34), (124, 112, 54), (72, 118, 76), (70, 118, 166), (118, 134, 146),
@@ -151,12 +152,12 @@ class Traits:
 class Capture:
     """The nuisance: pose, expression, light, occlusion and camera of one image."""
 
-    yaw_rad: float = _around_zero(0.55)
-    pitch_rad: float = _around_zero(0.36)
-    roll_rad: float = _around_zero(0.26)
-    shift_x: float = _around_zero(0.26)
-    shift_y: float = _around_zero(0.22)
-    zoom: float = _between(0.88, 1.14)
+    yaw_rad: float = _around_zero(0.62)
+    pitch_rad: float = _around_zero(0.42)
+    roll_rad: float = _around_zero(0.36)
+    shift_x: float = _around_zero(0.46)
+    shift_y: float = _around_zero(0.36)
+    zoom: float = _between(0.82, 1.22)
 
     smile: float = _between(-0.35, 1.2)
     mouth_open: float = _between(-0.9, 1.0)
@@ -167,7 +168,7 @@ class Capture:
     gaze_x: float = _around_zero(0.5)
     gaze_y: float = _around_zero(0.3)
 
-    occlusion: str = _one_of({"none": 9, "sunglasses": 1.1, "mask": 0.9, "scarf": 0.9, "hand": 1.1, "hat": 2.0})
+    occlusion: str = _one_of({"none": 9, "sunglasses": 1.1, "mask": 1.0, "scarf": 1.0, "hand": 1.2, "hat": 2.6})
     cloth: Colour = _any_colour()
     """Hat, scarf or mask."""
     shirt: Colour = _any_colour()
@@ -176,11 +177,11 @@ class Capture:
 
     light_x: float = _between(-1.0, 1.0)
     light_y: float = _between(-0.9, 0.5)
-    light_strength: float = _between(0.1, 0.62)
+    light_strength: float = _between(0.15, 0.85)
     exposure: float = _between(0.55, 1.2)
     gamma: float = _between(0.75, 1.35)
-    warmth: float = _around_zero(0.26)
-    tint: float = _around_zero(0.09)
+    warmth: float = _around_zero(0.32)
+    tint: float = _around_zero(0.12)
     saturation: float = _between(0.35, 1.15)
 
     blur_px: float = _between(0.0, 1.0)
