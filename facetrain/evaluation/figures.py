@@ -1,0 +1,119 @@
+"""Curves of an evaluation as PNG files: ROC, DIR over FAR, and CMC.
+
+Sole importer of matplotlib, through its object interface, so that no global state and no display is touched.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_RANK = 20
+"""Last rank of the CMC."""
+FINEST_FAR = 1e-3
+"""Where the FAR axis of DIR begins; further left a handful of impostor probes decides."""
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: told apart by the colour-blind
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS = "os^Dv"
+
+
+def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write roc.png, dir_over_far.png and cmc.png into the folder, made if missing, and return their paths.
+
+    A figure whose protocols were not run is left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Callable[[Axes, Evaluation], float]] = {"roc": _draw_roc}
+    if evaluation.open:
+        drawings["dir_over_far"] = _draw_dir
+    if evaluation.closed:
+        drawings["cmc"] = _draw_cmc
+    return [_save(folder / f"{name}.png", draw, evaluation) for name, draw in drawings.items()]
+
+
+# Each drawing returns the lowest rate in sight, for the rate axis to fit.
+
+
+def _draw_roc(axes: "Axes", evaluation: Evaluation) -> float:
+    outcome = evaluation.verification
+    shown = outcome.roc.far > 0  # what a log axis can show
+    far, vr = outcome.roc.far[shown], outcome.roc.vr[shown]
+    axes.step(far, vr, where="post", color=_COLOURS[0], label=f"verification: AUC {outcome.auc:.4f}")
+    for number, (name, rate) in enumerate(outcome.vr_at_far.items(), start=1):
+        style: dict[str, Any] = {"color": _COLOURS[number], "marker": _MARKERS[number], "linestyle": "none"}
+        axes.plot(rate.point.far_realised, rate.value, label=f"VR@FAR={name}: {rate.value:.2%}", zorder=3, **style)
+    axes.set(xlabel="false accept rate (FAR)", ylabel="verification rate (VR)")
+    axes.set_title(f"{evaluation.dataset}: verification, ROC")
+    _log_far(axes, from_far=float(far[0]))
+    return float(vr[0])
+
+
+def _draw_dir(axes: "Axes", evaluation: Evaluation) -> float:
+    from_far = max(FINEST_FAR, min(1 / len(draws[0].impostor_scores) for draws in evaluation.open.values()))
+    lowest = 1.0
+    for number, (name, draws) in enumerate(evaluation.open.items()):
+        rate = np.mean([draw.dir_at_far(OPEN_SET_FAR).value for draw in draws])
+        of_draws = f", mean of {len(draws)} draws" if len(draws) > 1 else ""
+        label = f"{name}: {rate:.2%} at FAR {OPEN_SET_FAR:.0%}{of_draws}"
+        for draw in draws:
+            style: dict[str, Any] = {**_style(number), "alpha": len(draws) ** -0.5}
+            far, dir_rate = draw.dir_curve()
+            axes.step(far, dir_rate, where="post", label=label, **style)
+            lowest = min(lowest, float(dir_rate[far >= from_far].min()))
+            label = "_only the first draw stands in the legend"
+    axes.axvline(OPEN_SET_FAR, color="0.4", linewidth=0.8, zorder=0)
+    axes.set(xlabel="false accept rate (FAR)", ylabel="detection and identification rate (DIR), rank 1")
+    axes.set_title(f"{evaluation.dataset}: open-set identification, DIR over FAR")
+    _log_far(axes, from_far=from_far)
+    return lowest
+
+
+def _draw_cmc(axes: "Axes", evaluation: Evaluation) -> float:
+    ranks = np.arange(1, MAX_RANK + 1)
+    for number, (name, draws) in enumerate(evaluation.closed.items()):
+        rates = np.array([draw.cmc(MAX_RANK) for draw in draws])
+        mean = rates.mean(axis=0)
+        of_draws = f", mean and range of {len(draws)} draws" if len(draws) > 1 else ""
+        label = f"{name}: rank-1 {mean[0]:.2%}{of_draws}"
+        axes.plot(ranks, mean, marker=_MARKERS[number], markersize=4, label=label, **_style(number))
+        axes.fill_between(ranks, rates.min(axis=0), rates.max(axis=0), color=_COLOURS[number], alpha=0.15, linewidth=0)
+    axes.set(xlabel="rank", ylabel="probes whose person has this rank or better", xticks=[1, 5, 10, 15, 20])
+    axes.set_title(f"{evaluation.dataset}: closed-set identification, CMC")
+    return min(draw.rank_rate(1) for draws in evaluation.closed.values() for draw in draws)
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": _COLOURS[number], "linestyle": _DASHES[number]}
+
+
+def _log_far(axes: "Axes", *, from_far: float) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(from_far, 1.0)
+
+
+def _fit_rates(axes: "Axes", lowest: float) -> None:
+    """Let the rate axis end a little above 100% and begin a little below the lowest rate, or at 0 where that is low."""
+    bottom = max(lowest - 0.08 * (1.0 - lowest), 0.0) if lowest > 0.5 else 0.0
+    bottom = min(bottom, 0.99)
+    axes.set_ylim(bottom, 1.0 + 0.03 * (1.0 - bottom))
+
+
+def _save(path: Path, draw: "Callable[[Axes, Evaluation], float]", evaluation: Evaluation) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    _fit_rates(axes, lowest=draw(axes, evaluation))
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.4g}%")
+    axes.grid(which="major", color="0.88")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", framealpha=0.9)
+    figure.savefig(path)
+    return path

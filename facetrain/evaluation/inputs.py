@@ -1,0 +1,232 @@
+"""What an evaluation reads: image names, embeddings, lists of pairs and of people, all checked before use."""
+
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+ImageKey = tuple[str, int]
+"""A person's name and the number of one of their images: ("Aaron_Peirsol", 2) is Aaron_Peirsol_0002."""
+
+_NAME = re.compile(r"(?:.*[/\\])?(?P<person>[^/\\]+)_(?P<number>\d+)(?:\.\w+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class FaceSet:
+    """The n images of K people, each known by its person and its number."""
+
+    names: tuple[str, ...]
+    """[n], in the order in which the set was given."""
+    people: tuple[str, ...]
+    """[K], sorted."""
+    person: NDArray[np.int64]
+    """[n], the person of each image, a row of `people`."""
+    place: NDArray[np.int64]
+    """[n], the place of each image among its person's images by number; 0 is the lowest-numbered."""
+    num_images: NDArray[np.int64]
+    """[K], images of each person."""
+    row_of: Mapping[ImageKey, int]
+    """The row of each image."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairList:
+    """The pairs of a verification protocol, in the order of their file."""
+
+    path: Path
+    pairs: tuple[tuple[ImageKey, ImageKey], ...]
+    is_genuine: NDArray[np.bool_]
+    fold: NDArray[np.int64]
+    """From 0."""
+    num_folds: int
+    pairs_per_fold: int
+    """Genuine pairs in each fold, and as many impostor pairs."""
+
+    def line_of(self, pair: int) -> str:
+        """Return where a pair stands, as `file:line`."""
+        return f"{self.path}:{pair + 2}"
+
+    def missing(self, faces: FaceSet) -> list[tuple[str, str]]:
+        """Return each distinct image that isn't in the set, with the first `file:line` that names it."""
+        found: dict[str, str] = {}
+        for pair, keys in enumerate(self.pairs):
+            for key in keys:
+                if key not in faces.row_of:
+                    found.setdefault(image_name(key), self.line_of(pair))
+        return list(found.items())
+
+    def rows(self, faces: FaceSet) -> NDArray[np.int64]:
+        """Return the rows of each pair's images in the set, int64 [n, 2].
+
+        Raises:
+            ValueError: an image isn't in the set.
+        """
+        for name, line in self.missing(faces)[:1]:
+            raise ValueError(f"{line}: image {name} is not in the set")
+        return np.array([[faces.row_of[a], faces.row_of[b]] for a, b in self.pairs])
+
+
+def image_name(key: ImageKey) -> str:
+    """Return the name of an image as LFW writes it, `Name_0001`."""
+    return f"{key[0]}_{key[1]:04d}"
+
+
+def face_set(names: Sequence[str]) -> FaceSet:
+    """Read image names such as `Name_0001`; folders before and a suffix behind are ignored.
+
+    Raises:
+        ValueError: no name at all, one that isn't an image name, or one that stands twice.
+    """
+    keys = [_image_key(name) for name in names]
+    row_of = {key: row for row, key in enumerate(keys)}
+    if not keys:
+        raise ValueError("images: expected image names such as Name_0001, got none")
+    if len(row_of) < len(keys):
+        twice = next(name for row, (name, key) in enumerate(zip(names, keys, strict=True)) if row_of[key] != row)
+        raise ValueError(f"images: {twice} stands twice")
+    people, person, num_images = np.unique([key[0] for key in keys], return_inverse=True, return_counts=True)
+    # Sorted by person, then number, an image's place is its distance from where its person begins.
+    order = np.lexsort((np.array([key[1] for key in keys]), person))
+    place = np.empty(len(keys), dtype=np.int64)
+    place[order] = np.arange(len(keys)) - np.repeat(num_images.cumsum() - num_images, num_images)
+    return FaceSet(
+        names=tuple(names),
+        people=tuple(people.tolist()),
+        person=person.astype(np.int64),
+        place=place,
+        num_images=num_images.astype(np.int64),
+        row_of=row_of,
+    )
+
+
+def unit_vectors(names: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale embeddings to unit length, so that inner products are cosine similarities.
+
+    Args:
+        names: [n], for the message of an error.
+        embeddings: float [n, D].
+
+    Returns:
+        float32 [n, D].
+
+    Raises:
+        ValueError: a NaN, infinite or zero embedding; shapes that don't fit.
+    """
+    if embeddings.ndim != 2 or len(embeddings) != len(names):
+        raise ValueError(f"embeddings: expected one row for each of {len(names):,} names, got shape {embeddings.shape}")
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"embeddings: NaN or infinite for {names[int(np.argmin(finite))]}")
+    # float64 sums: squares of small float32 numbers would otherwise vanish.
+    norms = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
+    if not norms.all():
+        raise ValueError(f"embeddings: all zeros for {names[int(np.argmin(norms))]}")
+    unit: NDArray[np.float32] = (embeddings / norms[:, None]).astype(np.float32)
+    return unit
+
+
+def read_pairs(path: Path) -> PairList:
+    """Read a pairs.txt: folds and pairs per fold, then for each fold its genuine and its impostor lines.
+
+    Raises:
+        ValueError: a malformed line, by its number.
+    """
+    lines = _lines(path)
+    head = lines[0].split() if lines else []
+    if len(head) != 2 or not all(word.isdecimal() and int(word) > 0 for word in head):
+        raise ValueError(f"{path}:1: expected the number of folds and of pairs in each, got {' '.join(head)!r}")
+    num_folds, pairs_per_fold = map(int, head)
+    num_pairs = 2 * num_folds * pairs_per_fold
+    if len(lines) - 1 != num_pairs:
+        raise ValueError(f"{path}: expected {num_pairs:,} pairs after the first line, got {len(lines) - 1:,}")
+    fold, within = np.divmod(np.arange(num_pairs), 2 * pairs_per_fold)
+    is_genuine = within < pairs_per_fold
+    pairs = tuple(
+        _pair(line, bool(genuine), f"{path}:{number}")
+        for number, (line, genuine) in enumerate(zip(lines[1:], is_genuine, strict=True), start=2)
+    )
+    return PairList(path, pairs, is_genuine, fold, num_folds, pairs_per_fold)
+
+
+def read_people(path: Path, faces: FaceSet) -> NDArray[np.bool_]:
+    """Read a list of people, one a line, each with at least two images in the set.
+
+    Returns:
+        bool [K], which of the set's people are listed.
+
+    Raises:
+        ValueError: a person who stands twice, isn't in the set, or has one image; an empty list.
+    """
+    listed = np.zeros(len(faces.people), dtype=bool)
+    row_of = {person: row for row, person in enumerate(faces.people)}
+    for number, line in enumerate(_lines(path), start=1):
+        person = line.strip()
+        if person not in row_of:
+            raise ValueError(f"{path}:{number}: person {person!r} is not in the set")
+        if listed[row_of[person]]:
+            raise ValueError(f"{path}:{number}: person {person!r} stands twice")
+        if faces.num_images[row_of[person]] < 2:
+            raise ValueError(f"{path}:{number}: person {person!r} has one image in the set, expected two or more")
+        listed[row_of[person]] = True
+    if not listed.any():
+        raise ValueError(f"{path}: expected names of people, one a line, got an empty file")
+    return listed
+
+
+def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    """Read `names` and `embeddings` from an .npz file; nothing in it is ever unpickled.
+
+    Returns:
+        The image names, and the embeddings as float32 [n, D] (float16 and float64 are converted).
+
+    Raises:
+        ValueError: not an npz, truncated, a key missing, or arrays of other types and shapes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("names", "embeddings")}
+    except KeyError as error:
+        raise ValueError(f"{path}: expected the arrays 'names' and 'embeddings'; {error.args[0]}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable .npz file, or truncated: {error}") from None
+    names, embeddings = arrays["names"], arrays["embeddings"]
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise ValueError(f"{path}: expected 'names' to be a list of strings, got {names.dtype} {names.shape}")
+    if embeddings.dtype.kind != "f" or embeddings.ndim != 2 or len(embeddings) != len(names):
+        expected = f"floats [{len(names)}, D], one row a name"
+        raise ValueError(f"{path}: expected 'embeddings' to be {expected}, got {embeddings.dtype} {embeddings.shape}")
+    return tuple(names.tolist()), embeddings.astype(np.float32)
+
+
+def _image_key(name: str) -> ImageKey:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"images: expected an image name such as Name_0001, got {name!r}")
+    return match["person"], int(match["number"])
+
+
+def _pair(line: str, genuine: bool, where: str) -> tuple[ImageKey, ImageKey]:
+    words = line.split()
+    numbers = words[1:3] if genuine else words[1::2]
+    if len(words) != (3 if genuine else 4) or not all(word.isdecimal() for word in numbers):
+        expected = "a genuine pair, 'name i j'" if genuine else "an impostor pair, 'name1 i name2 j'"
+        raise ValueError(f"{where}: expected {expected}, got {line.strip()!r}")
+    first = (words[0], int(numbers[0]))
+    second = (words[0] if genuine else words[2], int(numbers[1]))
+    if first == second or (not genuine and first[0] == second[0]):
+        expected = "two images" if genuine else "two people"
+        raise ValueError(f"{where}: expected {expected}, got {line.strip()!r}")
+    return first, second
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a text file: {error}") from None
