@@ -114,6 +114,6 @@ def _save(path: Path, draw: "Callable[[Axes, Evaluation], float]", evaluation: E
     axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.4g}%")
     axes.grid(which="major", color="0.88")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", framealpha=0.9)
+    axes.legend(loc="best", framealpha=0.9)
     figure.savefig(path)
     return path

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from facetrain.evaluation import protocols
 from facetrain.evaluation.identification import ClosedSet, Embeddings, OpenSet
 from facetrain.evaluation.inputs import FaceSet, PairList, face_set, read_pairs, read_people, unit_vectors
+from facetrain.evaluation.inputs import load_embeddings_npz as load_embeddings_npz  # what callers feed `evaluate` with
 from facetrain.evaluation.protocols import CannotRunError, Mask
 from facetrain.evaluation.threshold import num_allowed
 from facetrain.evaluation.verification import Verification, verify
