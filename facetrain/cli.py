@@ -44,7 +44,9 @@ def _pack(argv: Sequence[str]) -> None:
         quality=args.quality,
         workers=args.workers,
     )
-    _print(f"{args.out}: {manifest.images} images of {manifest.identities} identities, {manifest.rejected_images} rejected")
+    _print(
+        f"{args.out}: {manifest.images} images of {manifest.identities} identities, {manifest.rejected_images} rejected"
+    )
 
 
 def _synth(argv: Sequence[str]) -> None:
@@ -132,4 +134,3 @@ _USAGE = "usage: facetrain COMMAND ...\n\n" + "\n".join(
 def _print(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(text + "\n")
-

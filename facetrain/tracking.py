@@ -28,73 +28,72 @@ class Tracker:
         """Open the run, or continue MLflow's run `run_id` after an interruption."""
         self.is_main = world.is_main
         self.run_id = run_id
-        self._mlflow: Any = None
+        self._client: Any = None  # mlflow.MlflowClient; None off rank 0, without MLflow, and once it has failed
         self._metrics_file = run_dir / "metrics.jsonl"
         # After an interruption some steps run again, with the same figures: what is logged stays logged once.
         self._logged = _logged_keys(self._metrics_file) if world.is_main else set()
         if world.is_main and config.backend == "mlflow":
-            self._attempt(lambda: self._start_mlflow(config, run_dir))
+            self._attempt(lambda: self._open_run(config, config.run_name or run_dir.name))
 
     def parameters(self, values: Mapping[str, Any]) -> None:
-        """Record the resolved config, once."""
-        if self._mlflow:
-            known = {key: str(value)[:6000] for key, value in values.items()}
-            self._attempt(lambda: self._mlflow.log_params(known))
+        """Record the resolved config."""
+        if self._client:
+            from mlflow.entities import Param
+
+            params = [Param(key, str(value)[:6000]) for key, value in values.items()]
+            self._attempt(lambda: self._client.log_batch(self.run_id, params=params))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record figures of a step; what was recorded for this step before an interruption isn't repeated."""
         fresh = {key: value for key, value in values.items() if (step, key) not in self._logged}
         if not self.is_main or not fresh:
             return
+        now = time.time()
         with self._metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "at": round(time.time(), 3), **fresh}) + "\n")
-        if self._mlflow:
-            self._attempt(lambda: self._mlflow.log_metrics(fresh, step=step))
+            file.write(json.dumps({"step": step, "at": round(now, 3), **fresh}) + "\n")
+        if self._client:
+            from mlflow.entities import Metric
+
+            metrics = [Metric(key, value, round(now * 1000), step) for key, value in fresh.items()]
+            self._attempt(lambda: self._client.log_batch(self.run_id, metrics=metrics))
 
     def artifacts(self, *paths: Path) -> None:
         """Record files or folders of the run."""
-        if self._mlflow:
-            for path in paths:
-                self._attempt(lambda path=path: self._log_artifact(path))  # type: ignore[misc]
+        for path in paths:
+            if self._client and path.is_dir():
+                self._attempt(lambda path=path: self._client.log_artifacts(self.run_id, str(path), path.name))  # type: ignore[misc]
+            elif self._client:
+                self._attempt(lambda path=path: self._client.log_artifact(self.run_id, str(path)))  # type: ignore[misc]
 
     def finish(self, *, failed: bool = False) -> None:
         """End MLflow's run."""
-        if self._mlflow:
-            self._attempt(lambda: self._mlflow.end_run("FAILED" if failed else "FINISHED"))
+        if self._client:
+            self._attempt(lambda: self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED"))
 
     def where(self) -> str | None:
         """Return how to see the run's page, or None without MLflow."""
-        if not self._mlflow:
+        if not self._client:
             return None
-        uri = self._mlflow.get_tracking_uri()
+        uri = self._client.tracking_uri
         return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else str(uri)
 
-    def _start_mlflow(self, config: TrackingConfig, run_dir: Path) -> None:
+    def _open_run(self, config: TrackingConfig, name: str) -> None:
         # With the defaults a call hangs for four minutes when the server is gone.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        import mlflow
+        from mlflow import MlflowClient
 
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri("sqlite:///mlflow.db")
-        uri = mlflow.get_tracking_uri()
-        if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(config.experiment) is None:
-            # Files go beside the database; by default they would go below wherever the process was started.
-            files = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlruns"
-            mlflow.create_experiment(config.experiment, artifact_location=files.as_uri())
-        mlflow.set_experiment(config.experiment)
-        run = mlflow.start_run(run_id=self.run_id, run_name=None if self.run_id else config.run_name or run_dir.name)
-        mlflow.set_tags(_environment())
-        self.run_id = run.info.run_id
-        self._mlflow = mlflow
-
-    def _log_artifact(self, path: Path) -> None:
-        if path.is_dir():
-            self._mlflow.log_artifacts(str(path), artifact_path=path.name)
+        client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+        if self.run_id is not None:
+            client.update_run(self.run_id, status="RUNNING")
         else:
-            self._mlflow.log_artifact(str(path))
+            run = client.create_run(_experiment_id(client, config.experiment), run_name=name)
+            self.run_id = run.info.run_id
+        for key, value in _environment().items():
+            client.set_tag(self.run_id, key, value)
+        self._client = client
 
     def _attempt(self, call: Callable[[], None]) -> None:
         """Call MLflow; at the first failure warn once and go on without it, since metrics.jsonl has the figures."""
@@ -102,7 +101,20 @@ class Tracker:
             call()
         except Exception as error:  # whatever a server or a database can raise
             log.warning("MLflow failed (%s); training goes on, metrics.jsonl has all figures", str(error)[:200])
-            self._mlflow = None
+            self._client = None
+
+
+def _experiment_id(client: Any, name: str) -> str:
+    """Return MLflow's experiment of that name, made where there is none."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    location = None
+    if client.tracking_uri.startswith("sqlite:///"):
+        # MLflow's own default is ./mlruns of whoever starts first: keep a run's files beside its database.
+        database = Path(client.tracking_uri.removeprefix("sqlite:///"))
+        location = (database.absolute().parent / "mlruns").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
 
 
 def _logged_keys(metrics_file: Path) -> set[tuple[int, str]]:

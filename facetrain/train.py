@@ -170,9 +170,7 @@ class Run:
     def _initial_state(self) -> tuple[nn.Module, TrainState]:
         config, resume_from = self.config, self.folder.resume_from
         torch.manual_seed(config.run.seed)
-        backbone: nn.Module = build_backbone(
-            config.model, channels=config.data.channels, image_px=config.data.image_px
-        )
+        backbone: nn.Module = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
         draws = np.zeros(self.inputs.shards.table.num_identities, dtype=np.int64)
         state = TrainState(step=0, draws=draws)
         if resume_from is not None:

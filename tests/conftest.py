@@ -23,3 +23,15 @@ def face_data() -> Path:
     folder = Path(os.environ["FACETRAIN_DATA"])
     assert folder.is_dir(), f"FACETRAIN_DATA: {folder} is no folder"
     return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with drawn people in faces/ (48 to train on, 24 to evaluate on) and their shards/."""
+    from facetrain.data.pack import pack
+    from facetrain.data.synthetic import synthesize
+
+    folder = tmp_path_factory.mktemp("synthetic")
+    synthesize(folder / "faces", num_identities=48, images_per_identity=4, heldout_identities=24, workers=1)
+    pack([folder / "faces" / "train"], folder / "shards", workers=1)
+    return folder

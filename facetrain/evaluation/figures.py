@@ -23,6 +23,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and 
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "os^Dv"
 
+Drawing = Callable[["Axes", Evaluation], tuple[float, float]]
+
 
 def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
     """Write roc.png, dir_over_far.png and cmc.png into the folder, made if missing, and return their paths.
@@ -30,7 +32,7 @@ def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
     A figure whose protocols were not run is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Axes, Evaluation], float]] = {"roc": _draw_roc}
+    drawings: dict[str, Drawing] = {"roc": _draw_roc}
     if evaluation.open:
         drawings["dir_over_far"] = _draw_dir
     if evaluation.closed:
@@ -38,10 +40,10 @@ def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
     return [_save(folder / f"{name}.png", draw, evaluation) for name, draw in drawings.items()]
 
 
-# Each drawing returns the lowest rate in sight, for the rate axis to fit.
+# Each drawing returns the lowest and the highest rate in sight, for the rate axis to fit.
 
 
-def _draw_roc(axes: "Axes", evaluation: Evaluation) -> float:
+def _draw_roc(axes: "Axes", evaluation: Evaluation) -> tuple[float, float]:
     outcome = evaluation.verification
     shown = outcome.roc.far > 0  # what a log axis can show
     far, vr = outcome.roc.far[shown], outcome.roc.vr[shown]
@@ -52,12 +54,12 @@ def _draw_roc(axes: "Axes", evaluation: Evaluation) -> float:
     axes.set(xlabel="false accept rate (FAR)", ylabel="verification rate (VR)")
     axes.set_title(f"{evaluation.dataset}: verification, ROC")
     _log_far(axes, from_far=float(far[0]))
-    return float(vr[0])
+    return float(vr[0]), 1.0
 
 
-def _draw_dir(axes: "Axes", evaluation: Evaluation) -> float:
+def _draw_dir(axes: "Axes", evaluation: Evaluation) -> tuple[float, float]:
     from_far = max(FINEST_FAR, min(1 / len(draws[0].impostor_scores) for draws in evaluation.open.values()))
-    lowest = 1.0
+    rates_in_sight = []
     for number, (name, draws) in enumerate(evaluation.open.items()):
         rate = np.mean([draw.dir_at_far(OPEN_SET_FAR).value for draw in draws])
         of_draws = f", mean of {len(draws)} draws" if len(draws) > 1 else ""
@@ -66,16 +68,17 @@ def _draw_dir(axes: "Axes", evaluation: Evaluation) -> float:
             style: dict[str, Any] = {**_style(number), "alpha": len(draws) ** -0.5}
             far, dir_rate = draw.dir_curve()
             axes.step(far, dir_rate, where="post", label=label, **style)
-            lowest = min(lowest, float(dir_rate[far >= from_far].min()))
+            rates_in_sight.append(dir_rate[far >= from_far])
             label = "_only the first draw stands in the legend"
     axes.axvline(OPEN_SET_FAR, color="0.4", linewidth=0.8, zorder=0)
     axes.set(xlabel="false accept rate (FAR)", ylabel="detection and identification rate (DIR), rank 1")
     axes.set_title(f"{evaluation.dataset}: open-set identification, DIR over FAR")
     _log_far(axes, from_far=from_far)
-    return lowest
+    shown = np.concatenate(rates_in_sight)
+    return float(shown.min()), float(shown.max())
 
 
-def _draw_cmc(axes: "Axes", evaluation: Evaluation) -> float:
+def _draw_cmc(axes: "Axes", evaluation: Evaluation) -> tuple[float, float]:
     ranks = np.arange(1, MAX_RANK + 1)
     for number, (name, draws) in enumerate(evaluation.closed.items()):
         rates = np.array([draw.cmc(MAX_RANK) for draw in draws])
@@ -86,7 +89,8 @@ def _draw_cmc(axes: "Axes", evaluation: Evaluation) -> float:
         axes.fill_between(ranks, rates.min(axis=0), rates.max(axis=0), color=_COLOURS[number], alpha=0.15, linewidth=0)
     axes.set(xlabel="rank", ylabel="probes whose person has this rank or better", xticks=[1, 5, 10, 15, 20])
     axes.set_title(f"{evaluation.dataset}: closed-set identification, CMC")
-    return min(draw.rank_rate(1) for draws in evaluation.closed.values() for draw in draws)
+    outcomes = [draw for draws in evaluation.closed.values() for draw in draws]
+    return min(draw.rank_rate(1) for draw in outcomes), max(draw.rank_rate(MAX_RANK) for draw in outcomes)
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -98,19 +102,19 @@ def _log_far(axes: "Axes", *, from_far: float) -> None:
     axes.set_xlim(from_far, 1.0)
 
 
-def _fit_rates(axes: "Axes", lowest: float) -> None:
-    """Let the rate axis end a little above 100% and begin a little below the lowest rate, or at 0 where that is low."""
-    bottom = max(lowest - 0.08 * (1.0 - lowest), 0.0) if lowest > 0.5 else 0.0
-    bottom = min(bottom, 0.99)
-    axes.set_ylim(bottom, 1.0 + 0.03 * (1.0 - bottom))
+def _fit_rates(axes: "Axes", lowest: float, highest: float) -> None:
+    """Show all rates: from 0 where the lowest is below 50%, up to 100% where the highest is above."""
+    bottom = min(max(lowest - 0.08 * (1.0 - lowest), 0.0), 0.99) if lowest > 0.5 else 0.0
+    top = 1.0 if highest > 0.5 else max(highest, 0.01)
+    axes.set_ylim(bottom, top + 0.03 * (top - bottom))
 
 
-def _save(path: Path, draw: "Callable[[Axes, Evaluation], float]", evaluation: Evaluation) -> Path:
+def _save(path: Path, draw: Drawing, evaluation: Evaluation) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    _fit_rates(axes, lowest=draw(axes, evaluation))
+    _fit_rates(axes, *draw(axes, evaluation))
     axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.4g}%")
     axes.grid(which="major", color="0.88")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,182 @@
+"""The run as a user starts it: torchrun, interruption, resume, and what it says when it can't."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import assert_user_error, facetrain, run
+from safetensors.numpy import load_file
+
+from facetrain.config import config_yaml, load_config
+
+
+def flags(synthetic: Path, run_dir: Path, **more: object) -> list[str]:
+    """A run of seconds: a small network input, 8 pairs a step, mining from step 4 on."""
+    settings = {
+        "run.dir": run_dir,
+        "data.shards": synthetic / "shards",
+        "data.image_px": 32,
+        "data.crop_jitter_px": 4,
+        "train.global_pairs": 8,
+        "train.steps": 16,
+        "train.save_every_steps": 4,
+        "train.log_every_steps": 2,
+        "mining.mode": "gathered",
+        "mining.warmup_steps": 4,
+        "mining.batches_per_round": 3,
+        "mining.lag_steps": 4,
+        "tracking.backend": "none",
+    } | {key.replace("__", "."): value for key, value in more.items()}
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def torchrun(world_size: int, *words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    return [*launcher, "-m", "facetrain.train", *words]
+
+
+def train(world_size: int, *words: str, cwd: Path) -> str:
+    done = run(*torchrun(world_size, *words), cwd=cwd, timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def kill_after_checkpoint(command: list[str], checkpoint: Path) -> None:
+    """Start a job and kill all its processes, without warning, as soon as a checkpoint is there."""
+    job = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        give_up_at = time.monotonic() + 180
+        while not checkpoint.exists():
+            assert job.poll() is None, f"the job ended before {checkpoint}"
+            assert time.monotonic() < give_up_at
+            time.sleep(0.01)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in load_file(run_dir / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "more"),
+    [
+        (2, {"train__zero_stage": 2, "train__precision": "bfloat16", "data__workers": 1}),
+        (1, {"train__optimizer": "sgd", "train__learning_rate": 0.01, "data__workers": 0, "train__clip_norm": 1.0}),
+    ],
+    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd"],
+)
+def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_size, more):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(world_size, *flags(synthetic, whole, **more), cwd=tmp_path)
+
+    command = torchrun(world_size, *flags(synthetic, cut, **more))
+    kill_after_checkpoint(command, cut / "checkpoints" / "step-00000008")
+    output = train(world_size, *flags(synthetic, cut, **more), cwd=tmp_path)
+    assert "continues at step" in output
+    assert weights(cut) == weights(whole)
+    metrics = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["step"] for row in metrics if "train/loss" in row]
+    assert logged == sorted(set(logged))  # what ran twice is logged once
+
+    finished = train(world_size, *flags(synthetic, cut, **more), cwd=tmp_path)
+    assert f"{cut} is finished" in finished
+
+
+def test_ranks_without_batch_statistics_train_the_same_network(synthetic, tmp_path):
+    more = {"model__norm": "none", "train__steps": 6, "mining__mode": "off", "data__workers": 0}
+    for world_size in (1, 2):
+        train(world_size, *flags(synthetic, tmp_path / str(world_size), **more), cwd=tmp_path)
+    one, two = (load_file(tmp_path / str(world_size) / "model.safetensors") for world_size in (1, 2))
+    for name in one:
+        assert abs(one[name] - two[name]).max() < 1e-4 * abs(one[name]).max() + 1e-6
+
+
+def test_a_run_leaves_all_that_the_next_command_needs(synthetic, tmp_path):
+    run_dir = tmp_path / "run"
+    evaluation = {
+        "data__holdout_identities": 20,
+        "eval__dataset": "synthetic",
+        "eval__images": f"[{synthetic / 'faces' / 'heldout'}]",
+        "eval__pairs": synthetic / "faces" / "heldout_pairs.txt",
+        "eval__open_set_people": synthetic / "faces" / "heldout_people.txt",
+        "train__steps": 4,
+        "mining__mode": "off",
+        "tracking__backend": "mlflow",
+    }
+    done = facetrain("train", *flags(synthetic, run_dir, **evaluation), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "results.json", "logs/train.log"):
+        assert (run_dir / name).is_file(), name
+    assert list((run_dir / "figures").glob("*.png"))
+    assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+    assert config_yaml(load_config(run_dir / "config.yaml")) == (run_dir / "config.yaml").read_text()
+    results = json.loads((run_dir / "results.json").read_text())
+    assert {"verification", "closed-full", "open-best-rowden", "heldout"} <= results.keys()
+
+    # The same figures come out of the weights alone, and of one checkpoint's.
+    for weights_of in (run_dir, run_dir / "checkpoints" / "step-00000004" / "model.safetensors"):
+        again = facetrain(
+            *("lfw", "--checkpoint", weights_of, "--images", synthetic / "faces" / "heldout", "--dataset", "synthetic"),
+            *("--pairs", evaluation["eval__pairs"], "--open-set-people", evaluation["eval__open_set_people"]),
+            *("--out", tmp_path / "lfw"),
+        )
+        assert again.returncode == 0, again.stderr
+        repeated = json.loads((tmp_path / "lfw" / "results.json").read_text())
+        assert repeated == {key: value for key, value in results.items() if key != "heldout"}
+
+    # New identities can start from these weights, with another head as well.
+    more = {"model__init_from": run_dir, "model__embedding_dim": 16, "train__steps": 1, "mining__mode": "off"}
+    fresh = facetrain("train", *flags(synthetic, tmp_path / "fresh", **more), cwd=tmp_path)
+    assert fresh.returncode == 0, fresh.stderr
+    assert "head.weight (missing)" in fresh.stderr
+
+    # Weights of one backbone are refused by another.
+    (run_dir / "config.yaml").write_text(
+        (run_dir / "config.yaml").read_text().replace("embedding_dim: null", "embedding_dim: 16")
+    )
+    other = facetrain(
+        *("lfw", "--checkpoint", run_dir, "--images", synthetic / "faces" / "heldout", "--dataset", "synthetic"),
+        *("--pairs", evaluation["eval__pairs"], "--out", tmp_path / "other"),
+    )
+    assert_user_error(other, "model.safetensors", "another backbone", "head.weight")
+
+
+def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_path):
+    def check(*words: str, expected: tuple[str, ...]) -> None:
+        assert_user_error(facetrain("check", *flags(synthetic, tmp_path / "run", **dict([words]))), *expected)
+
+    check("train.global_pairs", 49, expected=("train.global_pairs", "48", "49"))
+    check("train.micro_pairs", 2, expected=("train.micro_pairs", "GradCache"))
+    check("data.shards", tmp_path / "nowhere", expected=("nowhere", "facetrain pack"))
+    check("data.shard_px", 96, expected=("data.shard_px", "112"))
+    check("data.holdout_identities", 49, expected=("data.holdout_identities", "48"))
+    check("run.resume", "must", expected=("run.resume", "must"))
+    check("model.name", "resnet", expected=("model.name", "casianet"))
+    check("model.init_from", tmp_path, expected=("model.safetensors",))
+
+
+def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_path):
+    words = flags(synthetic, tmp_path / "run", train__steps=0)
+    assert facetrain("train", *words).returncode == 0
+    changed = facetrain("train", *words, "--train.learning_rate", "0.5", "--loss.l2_weight", "0")
+    assert_user_error(changed, "train.learning_rate: 0.001 != 0.5", "loss.l2_weight: 0.002 != 0.0")
+    assert_user_error(facetrain("train", *words, "--run.resume", "never"), "run.resume=never")
+
+
+def test_under_torchrun_rank_0_alone_says_what_is_wrong(synthetic, tmp_path):
+    done = run(*torchrun(2, *flags(synthetic, tmp_path / "run", train__global_pairs=7)), cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("train.global_pairs: expected a multiple of the 2 processes, got 7") == 1
