@@ -37,7 +37,7 @@ make_venv() {
     python="$(find_python)" || fail "expected Python 3.11, 3.12 or 3.13 on the PATH, or its path in PYTHON"
     if ! "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
         aside="$(mktemp -d)"
-        "$python" -m pip install --quiet --target "$aside" -c "$root/constraints.txt" uv >&2 ||
+        "$python" -m pip install --quiet --target "$aside" -c "$root/constraints.txt" uv >/dev/null 2>&1 ||
             fail "$python: expected the module venv with ensurepip, or pip; on Debian: apt-get install python3-venv"
         PYTHONPATH="$aside" "$python" -m uv venv --quiet --clear --seed --python "$python" "$venv"
         rm -r "$aside"
