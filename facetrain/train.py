@@ -21,6 +21,7 @@ from facetrain.checkpoint import (
     load_weights,
     save_checkpoint,
     save_weights,
+    weights_file,
 )
 from facetrain.config import Config, config_yaml, parse_config, run_command
 from facetrain.data.decode import decode_face
@@ -101,6 +102,8 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
     )
     plan = Plan(shards.table, split.train, global_pairs=config.train.global_pairs, seed=config.run.seed)
     build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
+    if config.model.init_from is not None:
+        weights_file(Path(config.model.init_from))
     return Inputs(shards=shards, split=split, plan=plan, judge=Judge.open(config, shards, split))
 
 
