@@ -24,6 +24,7 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "os^Dv"
 
 Drawing = Callable[["Axes", Evaluation], tuple[float, float]]
+"""Draws one figure and returns the lowest and the highest rate in sight, for the rate axis to fit."""
 
 
 def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -38,9 +39,6 @@ def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
     if evaluation.closed:
         drawings["cmc"] = _draw_cmc
     return [_save(folder / f"{name}.png", draw, evaluation) for name, draw in drawings.items()]
-
-
-# Each drawing returns the lowest and the highest rate in sight, for the rate axis to fit.
 
 
 def _draw_roc(axes: "Axes", evaluation: Evaluation) -> tuple[float, float]:
@@ -99,7 +97,7 @@ def _style(number: int) -> dict[str, Any]:
 
 def _log_far(axes: "Axes", *, from_far: float) -> None:
     axes.set_xscale("log")
-    axes.set_xlim(from_far, 1.0)
+    axes.set_xlim(min(from_far, 0.1), 1.0)  # also where all impostor scores tie and 1 is the only FAR
 
 
 def _fit_rates(axes: "Axes", lowest: float, highest: float) -> None:

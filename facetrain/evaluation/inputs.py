@@ -227,6 +227,6 @@ def _pair(line: str, genuine: bool, where: str) -> tuple[ImageKey, ImageKey]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").rstrip().splitlines()
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected a text file: {error}") from None
