@@ -119,11 +119,14 @@ class LossConfig:
     """npair-mc: the multi-class N-pair loss (Sohn, NeurIPS 2016)."""
     l2_weight: float = 0.002
     """Weight of the penalty mean ||f||^2 over all 2N embeddings."""
+    tile_bytes: int = 1 << 26
+    """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows, twice a step."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
         if self.l2_weight < 0:
             raise ValueError(f"loss.l2_weight: expected 0 or more, got {self.l2_weight}")
+        _at_least("loss.tile_bytes", self.tile_bytes, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

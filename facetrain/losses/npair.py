@@ -4,6 +4,7 @@ Dims: n pairs on this rank, N pairs of the global batch (N = n * world size), D 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class NPairLoss:
 
     def __init__(self, config: LossConfig, world: World) -> None:
         self.l2_weight = config.l2_weight
+        self.tile_bytes = config.tile_bytes
         self.world = world
 
     def __call__(self, anchors_nD: Tensor, positives_nD: Tensor, labels_n: Tensor) -> LossValue:
@@ -49,7 +51,7 @@ class NPairLoss:
             # Over all ranks; each ends with all N positives and labels, in rank order.
             positives_ND = self.world.all_gather_with_grad(positives_nD)
             labels_N = self.world.all_gather(labels_n)
-            rows_n = npair_mc_rows(anchors_nD, positives_nD, positives_ND, labels_n, labels_N)
+            rows_n = npair_mc_rows(anchors_nD, positives_nD, positives_ND, labels_n, labels_N, self.tile_bytes)
             npair = rows_n.sum() / len(rows_n)
             squared_norm = (anchors_nD.square().sum() + positives_nD.square().sum()) / (2 * len(rows_n))
             total = npair + self.l2_weight * squared_norm
@@ -57,7 +59,12 @@ class NPairLoss:
 
 
 def npair_mc_rows(
-    anchors_nD: Tensor, positives_nD: Tensor, positives_ND: Tensor, labels_n: Tensor, labels_N: Tensor
+    anchors_nD: Tensor,
+    positives_nD: Tensor,
+    positives_ND: Tensor,
+    labels_n: Tensor,
+    labels_N: Tensor,
+    tile_bytes: int = LossConfig.tile_bytes,
 ) -> Tensor:
     """Return log(1 + sum_j exp(<f_i, p_j> - <f_i, p_i>)) for each local anchor i, over all j of another identity.
 
@@ -65,16 +72,59 @@ def npair_mc_rows(
     cross-entropy the attracting gradient p_ii - 1 cancels once the loss is small (it is lost below about 1e-7 in
     float32), and written as in the formula the exponential overflows. A row without negatives has loss 0, gradient 0.
 
+    Args:
+        anchors_nD: Local anchors.
+        positives_nD: Their positives, row by row.
+        positives_ND: The positives of all ranks.
+        labels_n: int64, identities of the local rows.
+        labels_N: int64, identities of the gathered rows.
+        tile_bytes: Memory for logits at a time; forward and backward make them tile by tile.
+
     Returns:
         [n], in the dtype of the embeddings.
 
     Source: Sohn, Improved deep metric learning with multi-class N-pair loss objective, NeurIPS 2016, equation 7.
     """
-    logits_nN = anchors_nD @ positives_ND.T
-    same_identity_nN = labels_n[:, None] == labels_N[None, :]
-    negatives_n = logits_nN.masked_fill(same_identity_nN, -torch.inf).logsumexp(dim=1)
+    negatives_n: Tensor = _NegativesLogsumexp.apply(anchors_nD, positives_ND, labels_n, labels_N, tile_bytes)
     own_n = (anchors_nD * positives_nD).sum(dim=1)
     return -F.logsigmoid(own_n - negatives_n)
+
+
+class _NegativesLogsumexp(torch.autograd.Function):
+    """logsumexp over j of <f_i, p_j>, without the j of i's own identity; -inf for a row without negatives.
+
+    All tensors are local. No more than a tile of rows of the n x N logits exists at a time: forward keeps one number
+    a row, and backward computes each tile again, so that memory doesn't grow with n.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors_nD: Tensor, positives_ND: Tensor, labels_n: Tensor, labels_N: Tensor, tile_bytes: int
+    ) -> Tensor:
+        ctx.rows = max(1, tile_bytes // (len(positives_ND) * anchors_nD.element_size()))
+        tiles = zip(anchors_nD.split(ctx.rows), labels_n.split(ctx.rows), strict=True)
+        sums_n = torch.cat([_negative_logits(a, positives_ND, y, labels_N).logsumexp(dim=1) for a, y in tiles])
+        ctx.save_for_backward(anchors_nD, positives_ND, labels_n, labels_N, sums_n)
+        return sums_n
+
+    @staticmethod
+    def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        anchors_nD, positives_ND, labels_n, labels_N, sums_n = ctx.saved_tensors
+        grad_anchors_nD, grad_positives_ND = torch.empty_like(anchors_nD), torch.zeros_like(positives_ND)
+        # A row without negatives has no gradient: exp(-inf - inf) is 0, where exp(-inf - -inf) would be NaN.
+        shifts_n = sums_n.masked_fill(sums_n.isneginf(), torch.inf)
+        for start in range(0, len(anchors_nD), ctx.rows):
+            tile = slice(start, start + ctx.rows)
+            softmax_tN = _negative_logits(anchors_nD[tile], positives_ND, labels_n[tile], labels_N)
+            softmax_tN.sub_(shifts_n[tile, None]).exp_().mul_(grad_n[tile, None])
+            torch.mm(softmax_tN, positives_ND, out=grad_anchors_nD[tile])
+            grad_positives_ND.addmm_(softmax_tN.T, anchors_nD[tile])
+        return grad_anchors_nD, grad_positives_ND, None, None, None
+
+
+def _negative_logits(anchors_tD: Tensor, positives_ND: Tensor, labels_t: Tensor, labels_N: Tensor) -> Tensor:
+    logits_tN = anchors_tD @ positives_ND.T
+    return logits_tN.masked_fill_(labels_t[:, None] == labels_N[None, :], -torch.inf)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -46,6 +46,28 @@ def test_gradients_pass_gradcheck_with_and_without_repeated_identities():
         assert torch.autograd.gradcheck(lambda a, p, y=labels: rows(a, p, y).sum(), (anchors, positives))
 
 
+def test_tiles_change_nothing_but_memory():
+    anchors, positives = torch.randn(2, 23, 8, dtype=torch.float64).requires_grad_()
+    labels = torch.arange(23) // 2
+
+    def outcome(tile_bytes):
+        losses = npair_mc_rows(anchors, positives, positives, labels, labels, tile_bytes)
+        return [losses.detach(), *torch.autograd.grad((losses * torch.arange(23)).sum(), (anchors, positives))]
+
+    whole = outcome(1 << 20)
+    for tile_bytes in (1, 3 * 23 * 8, 22 * 23 * 8):
+        for tiled, expected in zip(outcome(tile_bytes), whole, strict=True):
+            torch.testing.assert_close(tiled, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_equal_those_of_a_cross_entropy():
+    anchors, positives = torch.randn(2, 9, 5, dtype=torch.float64).requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(anchors @ positives.T, torch.arange(9)), (anchors, positives))
+    gradients = torch.autograd.grad(rows(anchors, positives).mean(), (anchors, positives))
+    for got, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+
+
 def test_pairs_of_one_identity_are_no_negatives_of_each_other():
     anchors, positives = torch.randn(2, 3, 4, dtype=torch.float64)
     repeated = rows(anchors, positives, torch.tensor([7, 7, 8]))
