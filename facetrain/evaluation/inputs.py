@@ -188,13 +188,15 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
     Raises:
         ValueError: not an npz, truncated, a key missing, or arrays of other types and shapes.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an .npz file, or truncated")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("names", "embeddings")}
     except KeyError as error:
         raise ValueError(f"{path}: expected the arrays 'names' and 'embeddings'; {error.args[0]}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable .npz file, or truncated: {error}") from None
+        raise ValueError(f"{path}: not a readable .npz file: {error}") from None
     names, embeddings = arrays["names"], arrays["embeddings"]
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"{path}: expected 'names' to be a list of strings, got {names.dtype} {names.shape}")
