@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,15 @@ class Judge:
         assert self.faces is not None
         assert self.eval.pairs is not None
         people = None if self.eval.open_set_people is None else Path(self.eval.open_set_people)
-        arguments = {"draws": self.eval.draws, "dataset": self.eval.dataset, "seed": self.seed}
-        if out is None:
-            return evaluate(
-                self.faces.names, embeddings, pairs=Path(self.eval.pairs), open_set_people=people, **arguments
-            )
-        return evaluate_to_folder(
-            self.faces.names, embeddings, pairs=Path(self.eval.pairs), open_set_people=people, out=out, **arguments
+        run_protocols = evaluate if out is None else partial(evaluate_to_folder, out=out)
+        return run_protocols(
+            self.faces.names,
+            embeddings,
+            pairs=Path(self.eval.pairs),
+            open_set_people=people,
+            draws=self.eval.draws,
+            dataset=self.eval.dataset,
+            seed=self.seed,
         )
 
 
