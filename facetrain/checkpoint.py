@@ -22,7 +22,8 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import nn
 
-from facetrain.config import Config, config_yaml, load_config
+from facetrain.command_line import config_yaml, load_config
+from facetrain.config import Config
 from facetrain.engine import Engine
 from facetrain.models import build_backbone
 from facetrain.world import World
@@ -46,8 +47,8 @@ class TrainState:
     """Highest held-out verification accuracy so far."""
     best_step: int = -1
     """The step that has it; -1 before the first evaluation."""
-    tracking_run: str | None = None
-    """MLflow's run."""
+    shards_sha256: str = ""
+    """Content of the shards that the run trains on."""
 
 
 def save_checkpoint(run_dir: Path, engine: Engine, state: TrainState, config: Config, world: World) -> Path:
@@ -57,30 +58,30 @@ def save_checkpoint(run_dir: Path, engine: Engine, state: TrainState, config: Co
     `train.keep_checkpoints` nor the best. Raises on every rank if rank 0 can't write.
     """
     optimizer_state = engine.optimizer_state()  # over all ranks
-    final = run_dir / "checkpoints" / f"step-{state.step:08d}"
-    with world.main_first():
-        if world.is_main and not final.exists():
-            aside = final.with_name(f".{final.name}.tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_weights(engine.backbone, config, aside)
-            save_tensors(optimizer_state, aside / "optimizer.safetensors")
-            arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
-            save_arrays(arrays, aside / "plan.safetensors")
-            (aside / "state.json").write_text(
-                json.dumps(
-                    {
-                        "step": state.step,
-                        "best_accuracy": state.best_accuracy,
-                        "best_step": state.best_step,
-                        "tracking_run": state.tracking_run,
-                    }
-                ),
-                encoding="utf-8",
-            )
-            _rename_durably(aside, final)
-            _prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
+    final = checkpoint_folder(run_dir, state.step)
+
+    def write() -> None:
+        if final.exists():
+            return
+        aside = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_weights(engine.backbone, config, aside)
+        save_tensors(optimizer_state, aside / "optimizer.safetensors")
+        arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
+        save_arrays(arrays, aside / "plan.safetensors")
+        scalars = {key: value for key, value in vars(state).items() if key not in ("draws", "mined")}
+        (aside / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
+        _rename_durably(aside, final)
+        _prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
+
+    world.on_main(write)
     return final
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def load_state(folder: Path) -> TrainState:
@@ -122,6 +123,11 @@ def save_weights(backbone: nn.Module, config: Config, folder: Path) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     save_tensors(weights, folder / ".model.tmp")
     os.replace(folder / ".model.tmp", folder / "model.safetensors")
+    save_config(config, folder)
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Write `config.yaml`, by a rename."""
     (folder / ".config.tmp").write_text(config_yaml(config), encoding="utf-8")
     os.replace(folder / ".config.tmp", folder / "config.yaml")
 
@@ -167,7 +173,7 @@ def load_weights(backbone: nn.Module, file: Path) -> None:
     Raises:
         ValueError: The file is damaged, or of another backbone; the message names the first layers that don't fit.
     """
-    unfit = _load_fitting(backbone, file)
+    unfit, _ = _load_fitting(backbone, file)
     if unfit:
         raise ValueError(f"{file}: weights of another backbone; {len(unfit)} layers don't fit: {', '.join(unfit[:3])}")
 
@@ -183,14 +189,14 @@ def init_weights_from(backbone: nn.Module, run: Path) -> list[str]:
         FileNotFoundError: There are no weights.
     """
     file = weights_file(run)
-    unfit = _load_fitting(backbone, file)
-    if len(unfit) >= len(backbone.state_dict()):
+    unfit, num_fitting = _load_fitting(backbone, file)
+    if num_fitting == 0:
         raise ValueError(f"model.init_from: no layer of {file} fits this backbone, such as {unfit[0]}")
     return unfit
 
 
-def _load_fitting(backbone: nn.Module, file: Path) -> list[str]:
-    """Load the layers that fit; return a phrase for each that is missing, of another shape, or unknown."""
+def _load_fitting(backbone: nn.Module, file: Path) -> tuple[list[str], int]:
+    """Load the layers that fit; return a phrase for each that is missing, of another shape or unknown; and how many."""
     weights = _read(load_tensors, file)
     expected = backbone.state_dict()
     unfit = [f"{name} (missing)" for name in expected if name not in weights]
@@ -202,7 +208,7 @@ def _load_fitting(backbone: nn.Module, file: Path) -> list[str]:
     ]
     fitting = {n: w for n, w in weights.items() if n in expected and w.shape == expected[n].shape}
     backbone.load_state_dict(fitting, strict=False)
-    return unfit
+    return unfit, len(fitting)
 
 
 def _read(load: Callable[[Path], dict[str, ArrayT]], file: Path) -> dict[str, ArrayT]:
@@ -217,10 +223,15 @@ def _read(load: Callable[[Path], dict[str, ArrayT]], file: Path) -> dict[str, Ar
 def _rename_durably(aside: Path, final: Path) -> None:
     """Flush the files and the folder to disk, then rename; a crash leaves the whole checkpoint or none."""
     for path in [*aside.iterdir(), aside]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        _flush(path)
     os.rename(aside, final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _prune(run_dir: Path, *, keep: int, best_step: int) -> None:

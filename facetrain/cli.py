@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from facetrain import __version__
-from facetrain.config import new_parser, parse_arguments, parse_config, user_errors
+from facetrain.command_line import new_parser, parse_arguments, parse_config, user_errors
 
 Command = Callable[[Sequence[str]], None]
 
@@ -86,8 +86,9 @@ def _check(argv: Sequence[str]) -> None:
     from facetrain.run_folder import open_run_folder
     from facetrain.train import open_inputs
 
-    open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     open_run_folder(config)
+    _print(f"ok: {inputs.split.describe()}; {inputs.plan.steps_per_epoch} steps an epoch")
 
 
 def _lfw(argv: Sequence[str]) -> None:
@@ -101,13 +102,15 @@ def _lfw(argv: Sequence[str]) -> None:
     parser.add_argument("--no-mirror", action="store_true", help="don't add the embedding of the mirrored image")
     parser.add_argument("--draws", type=int, default=1, help="seeded draws of the probes of open-best-rowden")
     parser.add_argument("--dataset", type=str, default="lfw", help="name of the set; with 'lfw' its counts are checked")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one")
     parser.add_argument("--out", type=str, required=True, help="folder for results.json and figures")
     args = parse_arguments(parser, argv)
     if (args.checkpoint is None) == (args.embeddings is None):
         raise ValueError("facetrain lfw: expected either --checkpoint with --images, or --embeddings")
     if (args.checkpoint is None) != (args.images is None):
         raise ValueError("facetrain lfw: --checkpoint and --images go together")
+    if args.draws < 1:
+        raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
     from facetrain.evaluate import evaluate_checkpoint, evaluate_embeddings
 
     lists = {

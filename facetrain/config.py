@@ -1,21 +1,7 @@
-"""Every setting of a run: frozen dataclasses, one per section, and the one way to read them from flags and YAML.
+"""Every setting of a run: frozen dataclasses, one per section. A section is passed to what needs no more than it."""
 
-Sole importer of jsonargparse. A section is passed to what needs it; nothing receives the whole but `train`.
-"""
-
-import dataclasses
-import itertools
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-EXIT_USAGE = 2
-"""The exit code of every command for anything the user gave that can't be used."""
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +144,8 @@ class MiningConfig:
         _at_least("mining.batches_per_round", self.batches_per_round, 1)
         _at_least("mining.warmup_steps", self.warmup_steps, 0)
         _at_least("mining.lag_steps", self.lag_steps, 0)
+        if self.margin and not self.hinge:
+            raise ValueError(f"mining.margin: goes with mining.hinge=true, got {self.margin} without it")
         if not 0 < self.candidates_per_batch <= 1:
             raise ValueError(
                 f"mining.candidates_per_batch: expected a fraction in (0, 1], got {self.candidates_per_batch}"
@@ -218,8 +206,13 @@ class TrainConfig:
             _at_least("train.micro_pairs", self.micro_pairs, 1)
         if self.learning_rate <= 0:
             raise ValueError(f"train.learning_rate: expected more than 0, got {self.learning_rate}")
-        if self.clip_norm < 0:
-            raise ValueError(f"train.clip_norm: expected 0 (off) or more, got {self.clip_norm}")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}: expected 0 (off) or more, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"train.momentum: expected a fraction in [0, 1), got {self.momentum}")
+        if not 0 < self.drop_factor < 1:
+            raise ValueError(f"train.drop_factor: expected a fraction in (0, 1), got {self.drop_factor}")
         if (self.schedule == "step") != bool(self.drop_steps):
             raise ValueError(
                 f"train.drop_steps: goes with train.schedule=step, got {list(self.drop_steps)} with '{self.schedule}'"
@@ -253,6 +246,9 @@ class EvalConfig:
         _at_least("eval.draws", self.draws, 1)
         if self.images and self.pairs is None:
             raise ValueError("eval.pairs: expected a pairs file, since eval.images is given")
+        for name in ("pairs", "open_set_people"):
+            if getattr(self, name) is not None and not self.images:
+                raise ValueError(f"eval.{name}: goes with eval.images, which is empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +278,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what concerns two sections."""
+        if self.mining.mode != "off" and self.mining.candidates < self.train.global_pairs:
+            raise ValueError(
+                f"mining.candidates: expected at least train.global_pairs = {self.train.global_pairs} classes to"
+                f" choose from, got {self.mining.candidates}"
+            )
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:
             raise ValueError(
@@ -298,155 +299,6 @@ class Config:
         }
 
 
-def parse_config(argv: Sequence[str], prog: str) -> Config:
-    """Read a run's settings from `--config FILE` and `--section.key value` flags; flags win.
-
-    Args:
-        argv: Command line without the program's name.
-        prog: The command as the user typed it, for the help text.
-
-    Raises:
-        ValueError: An unknown key, a wrong type, or a value out of bounds; the message is one line that names it.
-        SystemExit: `--help` was asked for, with code 0.
-    """
-    parser = new_parser(prog, "Train a face embedding; any key below can also stand in the YAML file of --config.")
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags win over it")
-    for section in fields(Config):
-        parser.add_class_arguments(section.type, section.name)
-    try:
-        given = parse_arguments(parser, argv)
-    except ValueError as error:
-        # The parser's words about a file that isn't YAML, or no mapping, don't say which file.
-        nameless = str(error).startswith(("Problems parsing config", "Unexpected config"))
-        raise ValueError(f"{error} in {', '.join(_config_files(argv))}") if nameless else error from None
-    for section in fields(Config):
-        _check_values_are_there(section.name, section.type, given[section.name])
-    sections = parser.instantiate(given)
-    return Config(**{section.name: getattr(sections, section.name) for section in fields(Config)})
-
-
-def new_parser(prog: str, description: str) -> Any:
-    """Return a command's parser, to which `add_argument` adds as in argparse."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return jsonargparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, exit_on_error=False)
-
-
-def parse_arguments(parser: Any, argv: Sequence[str]) -> Any:
-    """Return the namespace of a command line.
-
-    Raises:
-        ValueError: An unknown flag or a wrong value; the message is one line that names it.
-        SystemExit: `--help` was asked for, with code 0.
-    """
-    import jsonargparse
-
-    try:
-        return parser.parse_args(list(argv))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(_one_line(error)) from None
-
-
-def load_config(file: Path) -> Config:
-    """Read the resolved config of a run.
-
-    Raises:
-        ValueError: The file holds an unknown key or a wrong value.
-        FileNotFoundError: There is no such file.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such config")
-    try:
-        return parse_config(["--config", str(file)], prog="facetrain")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-def config_yaml(config: Config) -> str:
-    """Return the resolved config as YAML that `--config` reads back."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Quotes the strings that only the parser, not YAML 1.1, takes for numbers: an identity may be named 1e3."""
-
-    Dumper.add_representer(
-        str, lambda d, text: d.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
-    )
-    plain = {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        for section, values in dataclasses.asdict(config).items()
-    }
-    return yaml.dump(plain, Dumper=Dumper, sort_keys=False)
-
-
-def differing_keys(a: Config, b: Config, *, ignore: Sequence[str] = ()) -> list[str]:
-    """Return `key: value of a != value of b` for every dotted key in which two configs differ."""
-    flat_b = b.flat()
-    return [
-        f"{key}: {value!r} != {flat_b[key]!r}"
-        for key, value in a.flat().items()
-        if value != flat_b[key] and key not in ignore
-    ]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what the user can mend (ValueError, missing files) into one line on stderr and exit code 2.
-
-    Every rank ends; rank 0 alone prints. FACETRAIN_TRACEBACK=1 shows the traceback instead.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        if os.environ.get("FACETRAIN_TRACEBACK") == "1":
-            raise
-        exit_with(str(error))
-
-
-def exit_with(message: str) -> NoReturn:
-    """Print one line on stderr (rank 0 alone) and end with the exit code of a user's error."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"facetrain: error: {message}\n")
-    sys.exit(EXIT_USAGE)
-
-
-def run_command(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a command's main function on sys.argv, with user errors as one line and exit code 2."""
-    with user_errors():
-        main(sys.argv[1:])
-
-
 def _at_least(key: str, value: int, bound: int) -> None:
     if value < bound:
         raise ValueError(f"{key}: expected {bound} or more, got {value}")
-
-
-def _check_values_are_there(section: str, settings: Any, values: Any) -> None:
-    """Refuse what the parser lets through: a section that is no mapping, and null for a key that can't be null."""
-    if not hasattr(values, "as_dict"):
-        raise ValueError(f"{section}: expected keys and values, got {values!r}")
-    for key in fields(settings):
-        if values[key.name] is None and "None" not in str(key.type):
-            raise ValueError(f"{section}.{key.name}: expected a value, got null")
-
-
-def _config_files(argv: Sequence[str]) -> list[str]:
-    """Return the values of --config."""
-    return [file for flag, file in itertools.pairwise(argv) if flag == "--config"] + [
-        word.removeprefix("--config=") for word in argv if word.startswith("--config=")
-    ]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _one_line(error: Exception) -> str:
-    """Return the parser's message without line breaks, and with keys as they are typed: dotted."""
-    message = " ".join(str(error).replace('Parser key "', '"').split())
-    return re.sub(r"Group '(\S+)' does not accept option '(\S+)'", r"unknown key '\1.\2'", message)

@@ -30,7 +30,9 @@ class Engine:
         self.config = config
         # Inputs are channels_last, weights are not: DeepSpeed broadcasts and flattens parameters as dense rows.
         self.backbone = backbone.to(world.device)
-        self._buffers = [b for b in backbone.buffers() if b.is_floating_point()]
+        self._statistics = [
+            buffer for name, buffer in backbone.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ]
         self._deepspeed = _initialize(self.backbone, config, world, images_per_rank=2 * pairs_per_rank)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
@@ -146,12 +148,13 @@ class Engine:
         """Give all ranks the mean of their BatchNorm running statistics: one small all-reduce.
 
         DeepSpeed neither broadcasts nor averages buffers. With this, evaluation, mining and checkpoints see one
-        network, and stopping at a step changes nothing.
+        network, and stopping at a step changes nothing. The mean of the ranks' variances leaves out how far their
+        means lie apart, a share of about 1 / (images per rank); `model.sync_batchnorm` leaves out nothing.
         """
-        if self._buffers and self.world.world_size > 1:
-            mean = self.world.all_reduce_mean_(torch.cat([b.flatten() for b in self._buffers]))
-            for buffer, value in zip(self._buffers, mean.split([b.numel() for b in self._buffers]), strict=True):
-                buffer.copy_(value.view_as(buffer))
+        if self._statistics and self.world.world_size > 1:
+            mean = self.world.all_reduce_mean_(torch.cat(self._statistics))
+            for buffer, value in zip(self._statistics, mean.split([b.numel() for b in self._statistics]), strict=True):
+                buffer.copy_(value)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -169,13 +172,19 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, images_per_rank: int) -> Any:
     deepspeed = _import_deepspeed(world)
+    num_parameters = sum(p.numel() for p in backbone.parameters())
     engine, *_ = deepspeed.initialize(
         model=backbone,
         optimizer=_optimizer(backbone, config),
         config={
             "train_micro_batch_size_per_gpu": images_per_rank,
             "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                # DeepSpeed's default buffers hold 500 million numbers, whatever the network.
+                "reduce_bucket_size": min(num_parameters, 500_000_000),
+                "allgather_bucket_size": min(num_parameters, 500_000_000),
+            },
             "zero_allow_untested_optimizer": True,
             # DeepSpeed's own default is 1.0; at ZeRO 0 `Engine.step` clips, which also gives the norm.
             "gradient_clipping": config.clip_norm if config.zero_stage > 0 else 0.0,
@@ -186,6 +195,7 @@ def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, image
                 "lower_precision_safe_modules": [],
             },
             "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # they wait for the GPU twice a step
         },
     )
     world.limit_waiting()
@@ -194,19 +204,27 @@ def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, image
 
 def _import_deepspeed(world: World) -> Any:
     """Import deepspeed quietly, without compiling its shared-memory collectives, which torchrun can't use."""
-    if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed looks for MPI where the launcher's variables are missing (a run of one process).
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(key, value)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read once, at import
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import set another level
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", auto_mpi_discovery=False)
+    # DeepSpeed wants the launcher's variables also in a run of one process, where there is no launcher.
+    missing = {key: value for key, value in _NO_LAUNCHER.items() if key not in os.environ}
+    os.environ.update(missing)
+    try:
+        backend = "gloo" if world.device.type == "cpu" else "nccl"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+    finally:
+        for key in missing:
+            del os.environ[key]
     return deepspeed
+
+
+_NO_LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def _optimizer(backbone: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """Evaluate somebody's weights or embeddings on a set of named faces: what `facetrain lfw` does."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ def evaluate_embeddings(
     Raises:
         ValueError: The file or a list can't be used; the message names it.
     """
+    if os.environ.get("RANK", "0") != "0":  # there is nothing to share
+        return
     names, embeddings = load_embeddings_npz(file)
     evaluate_to_folder(
         names, embeddings, pairs=pairs, open_set_people=open_set_people, draws=draws, dataset=dataset, out=out
@@ -46,14 +49,16 @@ def evaluate_checkpoint(
     check_inputs(faces.names, pairs=pairs, open_set_people=open_set_people, dataset=dataset)
     with start_world(device, config.run.timeout_s) as world:
         embeddings = embed_faces(faces, backbone.to(world.device), config, world, mirror=mirror, progress=True)
-        with world.main_first():
-            if world.is_main:
-                evaluate_to_folder(
-                    faces.names,
-                    embeddings,
-                    pairs=pairs,
-                    open_set_people=open_set_people,
-                    draws=draws,
-                    dataset=dataset,
-                    out=out,
-                )
+
+        def report() -> None:
+            evaluate_to_folder(
+                faces.names,
+                embeddings,
+                pairs=pairs,
+                open_set_people=open_set_people,
+                draws=draws,
+                dataset=dataset,
+                out=out,
+            )
+
+        world.on_main(report)

@@ -4,14 +4,17 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from facetrain.checkpoint import newest_checkpoint
-from facetrain.config import Config, config_yaml, differing_keys, load_config
+from facetrain.checkpoint import newest_checkpoint, save_config
+from facetrain.command_line import differing_keys, load_config
+from facetrain.config import Config
 
 # What may change between an interruption and its continuation: nothing that the weights depend on.
 FREE_KEYS = (
     "run.dir",
     "run.resume",
+    "run.device",
     "run.timeout_s",
+    "data.shards",  # a checkpoint knows their content
     "data.workers",
     "data.prefetch",
     "train.log_every_steps",
@@ -50,8 +53,10 @@ def open_run_folder(config: Config) -> RunFolder:
             asked for, or none where one must be.
     """
     path = Path(config.run.dir)
-    stored = path / "config.yaml"
+    stored, newest = path / "config.yaml", newest_checkpoint(path)
     if not stored.is_file():
+        if newest is not None:
+            raise ValueError(f"{stored}: missing, though {newest} is there; put it back, or give another run.dir")
         if config.run.resume == "must":
             raise ValueError(f"run.resume: 'must' continues a run, but {path} holds none")
         return RunFolder(path=path, resume_from=None, is_finished=False)
@@ -63,21 +68,24 @@ def open_run_folder(config: Config) -> RunFolder:
             f"run.dir: {path} holds a run of another config ({'; '.join(differing)});"
             " give the same config to continue it, or another run.dir"
         )
-    return RunFolder(path=path, resume_from=newest_checkpoint(path), is_finished=(path / "results.json").is_file())
+    return RunFolder(path=path, resume_from=newest, is_finished=(path / "results.json").is_file())
 
 
-def create_run_folder(config: Config) -> None:
-    """Make the folder and store the resolved config, which starts the same run again."""
-    path = Path(config.run.dir)
-    (path / "logs").mkdir(parents=True, exist_ok=True)
-    (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+def claim_run_folder(config: Config) -> RunFolder:
+    """Open the folder and, unless the run is finished, store the resolved config, which starts the same run again."""
+    folder = open_run_folder(config)
+    if not folder.is_finished:
+        (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+        save_config(config, folder.path)
+    return folder
 
 
 def start_logging(path: Path | None) -> None:
     """Log to the terminal and, where a run folder is given (rank 0), to its `logs/train.log`."""
-    handlers: list[logging.Handler] = []
-    if path is not None:
-        handlers = [logging.StreamHandler(), logging.FileHandler(path / "logs" / "train.log")]
-    level = logging.INFO if path is not None else logging.ERROR
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, handlers=handlers)
-    logging.getLogger("facetrain").setLevel(level)
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if path is not None and (path / "logs").is_dir():
+        handlers.append(logging.FileHandler(path / "logs" / "train.log", encoding="utf-8"))
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, handlers=handlers, force=True
+    )
+    logging.getLogger("facetrain").setLevel(logging.ERROR if path is None else logging.INFO)

@@ -4,7 +4,7 @@ Sole importer of torch.distributed. A World of one process needs no launcher, an
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,20 +84,6 @@ class World:
             x /= self.world_size
         return x
 
-    def all_reduce_sum_with_grad(self, x: Tensor) -> Tensor:
-        """Return the sum of x over the ranks; backward sums the gradients over the ranks too."""
-        if self.world_size == 1:
-            return x
-        return _AllReduceSum.apply(x)  # type: ignore[no-any-return]
-
-    def any(self, flag: bool) -> bool:
-        """Return, on every rank, whether the flag is set on any rank."""
-        if self.world_size == 1:
-            return flag
-        count = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(count)
-        return bool(count.item())
-
     def limit_waiting(self) -> None:
         """Give every process group of this process the run's timeout.
 
@@ -108,28 +94,22 @@ class World:
             for group in dist.distributed_c10d._world.pg_map:
                 set_timeout(timedelta(seconds=self.timeout_s), group)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()
+    def on_main(self, function: Callable[[], ObjectT]) -> ObjectT:
+        """Call the function on rank 0 and return its value on every rank; every rank must call this.
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0, then on the others; an error on rank 0 is raised on every rank.
-
-        Use it for what rank 0 alone does on behalf of all (`if world.is_main`), so that all ranks fail together.
+        Raises:
+            Exception: Whatever the function raised, on every rank, so that all ranks fail together.
         """
-        error: Exception | None = None
+        value, error = None, None
         if self.is_main:
             try:
-                yield
+                value = function()
             except Exception as caught:
                 error = caught
-        error = self.broadcast_object(error)
+        value, error = self.broadcast_object((value, error))
         if error is not None:
             raise error
-        if not self.is_main:
-            yield
+        return value  # type: ignore[return-value]
 
 
 @contextmanager
@@ -139,7 +119,7 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
     Backends: gloo for CPU tensors, nccl for CUDA tensors. The process group is closed at the end.
 
     Raises:
-        ValueError: device is cuda and there is none.
+        ValueError: device is cuda and there is none, or there are more processes than devices.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: 'cuda' was asked for, but torch sees no CUDA device")
@@ -148,6 +128,11 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
     rank, local_rank, world_size = (int(env.get(key, default)) for key, default in _LAUNCHER_KEYS.items())
     here = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"--nproc-per-node: expected at most the {torch.cuda.device_count()} CUDA devices of this machine, or"
+                f" --run.device cpu, got a process number {local_rank}"
+            )
         torch.cuda.set_device(here)
     arguments: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if "RANK" not in env:
@@ -176,19 +161,3 @@ class _AllGather(torch.autograd.Function):
         grad_local = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(grad_local, grad.contiguous(), op=dist.ReduceOp.SUM)
         return grad_local
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over the ranks, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        return total

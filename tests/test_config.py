@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from facetrain.config import Config, DataConfig, TrainConfig, config_yaml, differing_keys, load_config, parse_config
+from facetrain.command_line import config_yaml, differing_keys, load_config, parse_config
+from facetrain.config import Config, DataConfig, TrainConfig
 
 
 def error_of(*argv: str) -> str:

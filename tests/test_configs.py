@@ -6,7 +6,8 @@ import pytest
 import torch
 from commands import CONFIGS
 
-from facetrain.config import Config, config_yaml, load_config
+from facetrain.command_line import config_yaml, load_config
+from facetrain.config import Config
 from facetrain.data.plan import pairs_per_rank
 from facetrain.models import build_backbone
 

@@ -21,14 +21,12 @@ def rows(folder):
 
 
 def test_a_resumed_job_continues_its_run_and_logs_each_step_once(tmp_path):
-    first = Tracker(TrackingConfig(), tmp_path, World(), run_id=None)
-    first.parameters({"train.steps": 4, "run.dir": "x"})
+    first = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4, "data.workers": 1})
     for step in (1, 2):
         first.metrics(step, {"train/loss": 1.0 / step})
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "tra')  # cut off by a crash
 
-    again = Tracker(TrackingConfig(), tmp_path, World(), run_id=first.run_id)
-    again.parameters({"train.steps": 4, "run.dir": "x"})
+    again = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4, "data.workers": 2})
     for step in (2, 3):
         again.metrics(step, {"train/loss": 1.0 / step})
     (tmp_path / "results.json").write_text("{}")
@@ -37,12 +35,12 @@ def test_a_resumed_job_continues_its_run_and_logs_each_step_once(tmp_path):
 
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
     client = mlflow.MlflowClient()
-    run = client.get_run(first.run_id)
-    assert again.run_id == first.run_id
+    (run,) = client.search_runs([client.get_experiment_by_name("facetrain").experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"train.steps": "4", "run.dir": "x"}
-    assert [metric.step for metric in client.get_metric_history(first.run_id, "train/loss")] == [1, 2, 3]
-    assert [file.path for file in client.list_artifacts(first.run_id)] == ["results.json"]
+    assert run.data.params == {"train.steps": "4", "data.workers": "1"}
+    assert run.data.tags["version.torch"]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["results.json"]
 
 
 def test_a_server_that_is_not_there_stops_nothing(tmp_path, monkeypatch, caplog):
@@ -50,7 +48,7 @@ def test_a_server_that_is_not_there_stops_nothing(tmp_path, monkeypatch, caplog)
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    tracker = Tracker(TrackingConfig(), tmp_path, World(), run_id=None)
+    tracker = Tracker(TrackingConfig(), tmp_path, World(), parameters={})
     tracker.metrics(1, {"train/loss": 1.0})
     tracker.finish()
     assert "training goes on" in caplog.text
@@ -58,8 +56,7 @@ def test_a_server_that_is_not_there_stops_nothing(tmp_path, monkeypatch, caplog)
 
 
 def test_other_ranks_are_silent(tmp_path):
-    tracker = Tracker(TrackingConfig(), tmp_path, World(rank=1, world_size=2), run_id=None)
-    tracker.parameters({"a": 1})
+    tracker = Tracker(TrackingConfig(), tmp_path, World(rank=1, world_size=2), parameters={"a": 1})
     tracker.metrics(1, {"train/loss": 1.0})
     tracker.finish()
     assert not list(tmp_path.iterdir())

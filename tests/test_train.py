@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from commands import assert_user_error, facetrain, run
 from safetensors.numpy import load_file
 
-from facetrain.config import config_yaml, load_config
+from facetrain.command_line import config_yaml, load_config
 
 
 def flags(synthetic: Path, run_dir: Path, **more: object) -> list[str]:
@@ -80,6 +81,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 )
 def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_size, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = more | {"train__steps": 60}  # long enough to be killed in the middle
     train(world_size, *flags(synthetic, whole, **more), cwd=tmp_path)
 
     command = torchrun(world_size, *flags(synthetic, cut, **more))
@@ -166,6 +168,7 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
     check("run.resume", "must", expected=("run.resume", "must"))
     check("model.name", "resnet", expected=("model.name", "casianet"))
     check("model.init_from", tmp_path, expected=("model.safetensors",))
+    check("mining.candidates", 7, expected=("mining.candidates", "8", "7"))
 
 
 def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_path):
@@ -174,6 +177,33 @@ def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_pa
     changed = facetrain("train", *words, "--train.learning_rate", "0.5", "--loss.l2_weight", "0")
     assert_user_error(changed, "train.learning_rate: 0.001 != 0.5", "loss.l2_weight: 0.002 != 0.0")
     assert_user_error(facetrain("train", *words, "--run.resume", "never"), "run.resume=never")
+
+
+def test_two_ranks_start_in_a_fresh_folder_and_go_on_with_other_workers(synthetic, tmp_path):
+    more = {"mining__mode": "off", "tracking__backend": "mlflow", "train__steps": 2, "train__save_every_steps": 1}
+    words = flags(synthetic, tmp_path / "run", **more)
+    train(2, *words, "--run.resume", "never", cwd=tmp_path)
+    (tmp_path / "run" / "results.json").unlink()  # as if killed just before the end
+    output = train(2, *words, "--data.workers", "0", "--run.resume", "must", cwd=tmp_path)
+    assert "continues at step 2" in output
+    assert "MLflow failed" not in output
+
+
+def test_what_goes_wrong_on_another_rank_alone_is_said_by_it(synthetic, tmp_path):
+    """Rank 1 reads the second half of the images, one of which is no image any more."""
+    faces = tmp_path / "faces"
+    shutil.copytree(synthetic / "faces" / "heldout", faces)
+    last = sorted(faces.rglob("*.jpg"))[-1]
+    last.write_bytes(b"no JPEG")
+    run_dir = tmp_path / "run"
+    assert facetrain("train", *flags(synthetic, run_dir, train__steps=0)).returncode == 0
+    done = run(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "facetrain"),
+        *("lfw", "--checkpoint", run_dir, "--images", faces, "--pairs", synthetic / "faces" / "heldout_pairs.txt"),
+        *("--dataset", "synthetic", "--out", tmp_path / "lfw"),
+    )
+    assert done.returncode != 0
+    assert f"rank 1: {last.parent.name}/{last.name}" in done.stderr
 
 
 def test_under_torchrun_rank_0_alone_says_what_is_wrong(synthetic, tmp_path):

@@ -1,5 +1,6 @@
 """The manifest of a folder of shards: what it holds and how it was packed."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +86,11 @@ class Manifest:
     def size_bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def content_sha256(self) -> str:
+        """One checksum of all shards, whatever their folder is called."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write manifest.json, at once or not at all."""

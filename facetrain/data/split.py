@@ -29,6 +29,13 @@ class IdentitySplit:
     unknown_names: tuple[str, ...]
     """Names that were to be excluded and aren't in the set."""
 
+    def describe(self) -> str:
+        """Return the counts in words, for the log."""
+        return (
+            f"{len(self.train)} identities are trained on, {len(self.heldout)} held out,"
+            f" {len(self.single)} with a single image left out, {len(self.excluded)} excluded"
+        )
+
 
 @dataclass(frozen=True)
 class HeldoutPairs:

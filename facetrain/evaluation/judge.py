@@ -2,32 +2,62 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from facetrain.config import Config, DataConfig, EvalConfig
+from facetrain.config import Config, EvalConfig
 from facetrain.data.decode import decode_face
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.split import HeldoutPairs, IdentitySplit, heldout_pairs
 from facetrain.embed import embed_images
-from facetrain.evaluation.lfw import Evaluation, check_inputs, evaluate, evaluate_to_folder, metrics
-from facetrain.evaluation.report import write_results
+from facetrain.evaluation.lfw import Evaluation, check_inputs, evaluate, metrics
 from facetrain.evaluation.verification import verify
 from facetrain.world import World
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How good a network is."""
+
+    heldout: Mapping[str, float]
+    """Verification of held-out identities by its keys, such as `accuracy`; empty where none are held out."""
+    evaluation: Evaluation | None
+    """The evaluation set; None where none is configured."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return every figure under its metric name, such as `heldout/accuracy`, `lfw/verification/accuracy`."""
+        of_set = metrics(self.evaluation) if self.evaluation else {}
+        return {f"heldout/{key}": value for key, value in self.heldout.items()} | of_set
+
+    def results(self) -> dict[str, Any]:
+        """Return every figure as results.json holds it: protocol -> key -> fraction or count."""
+        of_set = self.evaluation.results if self.evaluation else {}
+        return of_set | ({"heldout": dict(self.heldout)} if self.heldout else {})
+
+    def summary(self) -> str:
+        """Return the figures that a log line has room for."""
+        dataset = self.evaluation.dataset if self.evaluation else ""
+        wanted = {
+            "heldout/accuracy": "heldout verification",
+            f"{dataset}/verification/accuracy": f"{dataset} verification",
+            f"{dataset}/open-best-rowden/rank1": "open-best-rowden rank-1",
+            f"{dataset}/open-best-rowden/dir_rank1_at_far_1e-2": "open-best-rowden DIR@FAR=1%",
+        }
+        figures = self.metrics()
+        return "  ".join(f"{name} {figures[key]:.2%}" for key, name in wanted.items() if key in figures)
 
 
 @dataclass(frozen=True)
 class Judge:
     """Evaluates a network in training, over all ranks."""
 
-    data: DataConfig
-    eval: EvalConfig
-    seed: int
+    config: Config
     shards: ShardSet
     heldout: HeldoutPairs | None
     """None where no identities are held out."""
@@ -36,90 +66,75 @@ class Judge:
 
     @classmethod
     def open(cls, config: Config, shards: ShardSet, split: IdentitySplit) -> "Judge":
-        """Open and check all that evaluation will read.
+        """Open and check all that evaluation will read, down to each image of the evaluation set.
 
         Raises:
-            ValueError: Too few identities are held out, or the evaluation set and its lists don't fit together.
+            ValueError: Too few identities are held out, the evaluation set and its lists don't fit together, or an
+                image of it can't be decoded.
         """
         heldout = heldout_pairs(shards.table, split.heldout, seed=config.run.seed) if len(split.heldout) else None
-        faces = open_evaluation_set(config.eval) if config.eval.images else None
-        return cls(
-            data=config.data, eval=config.eval, seed=config.run.seed, shards=shards, heldout=heldout, faces=faces
-        )
+        faces = None
+        if config.eval.images:
+            faces = open_evaluation_set(config.eval)
+            for i, name in enumerate(faces.names):
+                decode_face(faces.read(i), config.data, name)
+        return cls(config=config, shards=shards, heldout=heldout, faces=faces)
 
-    def evaluate(self, backbone: nn.Module, config: Config, world: World, *, out: Path | None) -> dict[str, float]:
-        """Judge a network; every rank must call it.
+    def judge(self, backbone: nn.Module, world: World, *, progress: bool = False) -> Judgement:
+        """Embed all that is judged over all ranks, and compute the figures on rank 0; every rank must call it.
 
         Args:
             backbone: On `world.device`.
-            config: Gives the precision.
-            world: All its ranks share the embedding; rank 0 computes the figures.
-            out: Folder for results.json, the table and figures; None computes metrics alone.
-
-        Returns:
-            Metrics such as `heldout/accuracy` and `lfw/verification/accuracy`, on every rank.
+            world: The ranks.
+            progress: Show a progress bar.
         """
-        heldout = self._heldout_figures(backbone, config, world)
+        mirror = self.config.eval.mirror
+        scores = self._heldout_scores(backbone, world) if self.heldout else None
         embeddings = None
         if self.faces is not None:
-            embeddings = embed_faces(
-                self.faces, backbone, config, world, mirror=self.eval.mirror, progress=out is not None
-            )
-        flat: dict[str, float] = {}
-        with world.main_first():
-            if world.is_main:
-                flat = {f"heldout/{key}": value for key, value in heldout.items()}
-                evaluation = None if embeddings is None else self._evaluate_set(embeddings, out)
-                flat |= metrics(evaluation) if evaluation else {}
-                if out is not None:
-                    results = {} if evaluation is None else evaluation.results
-                    write_results(results | ({"heldout": heldout} if heldout else {}), out)
-        return world.broadcast_object(flat)
+            embeddings = embed_faces(self.faces, backbone, self.config, world, mirror=mirror, progress=progress)
+        return world.on_main(lambda: self._compute(scores, embeddings))
 
-    def summary(self, figures: Mapping[str, float]) -> str:
-        """Return the figures that a log line has room for."""
-        wanted = {
-            "heldout/accuracy": "heldout verification",
-            f"{self.eval.dataset}/verification/accuracy": f"{self.eval.dataset} verification",
-            f"{self.eval.dataset}/open-best-rowden/rank1": "open-best-rowden rank-1",
-            f"{self.eval.dataset}/open-best-rowden/dir_rank1_at_far_1e-2": "open-best-rowden DIR@FAR=1%",
-        }
-        return "  ".join(f"{name} {100 * figures[key]:.2f}%" for key, name in wanted.items() if key in figures)
-
-    def _heldout_figures(self, backbone: nn.Module, config: Config, world: World) -> dict[str, float]:
-        if self.heldout is None:
-            return {}
+    def _heldout_scores(self, backbone: nn.Module, world: World) -> NDArray[np.float32]:
+        """Return the score of each held-out pair, float32 [P]."""
+        assert self.heldout is not None
         images, rows = np.unique(np.stack([self.heldout.image_a, self.heldout.image_b]), return_inverse=True)
-        embeddings_ID = _unit(
-            embed_images(
-                backbone,
-                lambda i: decode_face(self.shards.read(int(images[i])), self.data, f"image {images[i]}"),
-                len(images),
-                world=world,
-                precision=config.train.precision,
-                mirror=self.eval.mirror,
-            )
-            .cpu()
-            .numpy()
-        )
-        rows = rows.reshape(2, -1)
-        scores = np.einsum("pd,pd->p", embeddings_ID[rows[0]], embeddings_ID[rows[1]])
-        return verify(scores, self.heldout.is_genuine, self.heldout.fold).figures()
 
-    def _evaluate_set(self, embeddings: NDArray[np.float32], out: Path | None) -> Evaluation:
-        assert self.faces is not None
-        assert self.eval.pairs is not None
-        people = None if self.eval.open_set_people is None else Path(self.eval.open_set_people)
-        run_protocols = evaluate if out is None else partial(evaluate_to_folder, out=out)
-        return run_protocols(
-            self.faces.names,
-            embeddings,
-            pairs=Path(self.eval.pairs),
-            open_set_people=people,
-            draws=self.eval.draws,
-            dataset=self.eval.dataset,
-            seed=self.seed,
+        def decode(i: int) -> NDArray[np.uint8]:
+            image = int(images[i])
+            return decode_face(self.shards.read(image), self.config.data, self.shards.where(image))
+
+        embeddings_ID = embed_images(
+            backbone,
+            decode,
+            len(images),
+            world=world,
+            precision=self.config.train.precision,
+            mirror=self.config.eval.mirror,
         )
+        unit_ID = torch.nn.functional.normalize(embeddings_ID, dim=1).cpu().numpy()
+        a, b = rows.reshape(2, -1)
+        scores: NDArray[np.float32] = np.einsum("pd,pd->p", unit_ID[a], unit_ID[b])
+        return scores
+
+    def _compute(self, scores: NDArray[np.float32] | None, embeddings: NDArray[np.float32] | None) -> Judgement:
+        heldout: Mapping[str, float] = {}
+        if scores is not None and self.heldout is not None:
+            heldout = verify(scores, self.heldout.is_genuine, self.heldout.fold).figures()
+        evaluation = None
+        if embeddings is not None and self.faces is not None:
+            settings = self.config.eval
+            assert settings.pairs is not None  # EvalConfig checks it
+            evaluation = evaluate(
+                self.faces.names,
+                embeddings,
+                pairs=Path(settings.pairs),
+                open_set_people=None if settings.open_set_people is None else Path(settings.open_set_people),
+                draws=settings.draws,
+                dataset=settings.dataset,
+                seed=self.config.run.seed,
+            )
+        return Judgement(heldout=heldout, evaluation=evaluation)
 
 
 def open_evaluation_set(config: EvalConfig) -> FaceSource:
@@ -149,8 +164,3 @@ def embed_faces(
         progress="embed" if progress else None,
     )
     return embeddings.cpu().numpy()
-
-
-def _unit(embeddings_ID: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit: NDArray[np.float32] = embeddings_ID / np.linalg.norm(embeddings_ID, axis=1, keepdims=True).clip(1e-12)
-    return unit

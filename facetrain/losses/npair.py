@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from facetrain.config import LossConfig
 from facetrain.world import World
@@ -73,12 +74,12 @@ def npair_mc_rows(
     float32), and written as in the formula the exponential overflows. A row without negatives has loss 0, gradient 0.
 
     Args:
-        anchors_nD: Local anchors.
-        positives_nD: Their positives, row by row.
-        positives_ND: The positives of all ranks.
+        anchors_nD: Local anchors, [n, D].
+        positives_nD: Their positives, row by row, [n, D].
+        positives_ND: The positives of all ranks, [N, D].
         labels_n: int64, identities of the local rows.
         labels_N: int64, identities of the gathered rows.
-        tile_bytes: Memory for logits at a time; forward and backward make them tile by tile.
+        tile_bytes: Size of a tile of logits, 1 or more; about two tiles exist at a time, in forward and in backward.
 
     Returns:
         [n], in the dtype of the embeddings.
@@ -108,6 +109,7 @@ class _NegativesLogsumexp(torch.autograd.Function):
         return sums_n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_n: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         anchors_nD, positives_ND, labels_n, labels_N, sums_n = ctx.saved_tensors
         grad_anchors_nD, grad_positives_ND = torch.empty_like(anchors_nD), torch.zeros_like(positives_ND)

@@ -107,7 +107,7 @@ def _run_rank(writer: Connection, env: dict[str, str], call: bytes, timeout_s: f
                 # Sent before the group closes: its peers then fail too, and the cause is to arrive first.
                 writer.send_bytes(pickle.dumps((False, traceback.format_exc())))
                 return
-            world.barrier()  # rank 0 holds the store; nobody leaves while a peer may still need it
+            world.all_gather_object(None)  # rank 0 holds the store; nobody leaves while a peer may still need it
         writer.send_bytes(answer)
     except Exception:
         writer.send_bytes(pickle.dumps((False, traceback.format_exc())))

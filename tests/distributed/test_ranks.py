@@ -21,7 +21,7 @@ def read_environment(world: World, key: str) -> tuple[str | None, int]:
 def fail_on_rank_1(world: World) -> None:
     if world.rank == 1:
         raise ValueError("rank one is unwell")
-    world.barrier()
+    world.all_gather_object(None)
 
 
 def die_on_rank_1(world: World) -> None:
