@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained and evaluated network: installs into .venv, draws synthetic people, packs them, trains on
-# all GPUs or on two CPU processes, and shows what was learned. Writes below ./quickstart alone; run again, it goes on
+# GPUs or on two CPU processes, and shows what was learned. Writes below ./quickstart alone; run again, it goes on
 # where it stopped.
 #   bash launch/quickstart.sh [--identities I] [--lfw-images PATH... --pairs FILE] [-- --section.key value ...]
 #     --identities I       people to train on, 500 if not given
@@ -37,11 +37,11 @@ make_environment package
 mkdir -p quickstart
 export MLFLOW_TRACKING_URI="${MLFLOW_TRACKING_URI:-sqlite:///quickstart/mlflow.db}"
 
-# All GPUs, as far as they divide the batch; without any, two processes.
+# Up to four GPUs, which is enough for the small batch; without any, two processes.
 processes=2
 gpus=0
 ! command -v nvidia-smi >/dev/null || gpus="$(python3 -c 'import torch; print(torch.cuda.device_count())')"
-for count in 1 2 4 8; do [[ "$gpus" -lt "$count" ]] || processes="$count"; done
+for count in 1 2 4; do [[ "$gpus" -lt "$count" ]] || processes="$count"; done
 on_all() { python3 -m torch.distributed.run --standalone --nproc-per-node "$processes" -m "$@"; }
 
 # Both leave alone what is there already.
