@@ -96,6 +96,13 @@ def test_eval_lfw_is_the_lfw_command() -> None:
     assert_user_error(run(sys.executable, "-m", "eval.lfw", "--pairz", "x"), "pair")
 
 
-def test_other_ranks_print_nothing(tmp_path: Path) -> None:
+def test_another_rank_that_is_left_alone_with_its_trouble_says_which_it_is(tmp_path: Path) -> None:
     done = facetrain("train", "--train.stepz", "3", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+    assert_user_error(done, "rank 1", "train.stepz")
+
+
+def test_under_torchrun_the_line_is_printed_once(tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run(*torchrun, "-m", "facetrain.train", "--train.stepz", "3", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("facetrain: error: ") == 1
