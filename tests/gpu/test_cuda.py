@@ -1,0 +1,48 @@
+"""What only a CUDA device can show: the same run over nccl, and the same numbers as the CPU's."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import facetrain
+
+from facetrain.losses.npair import npair_mc_rows
+from facetrain.mining.greedy import greedy_classes
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_run_trains_mines_and_evaluates_on_the_device(synthetic, tmp_path):
+    done = facetrain(
+        *("train", "--run.device", "cuda", "--run.dir", tmp_path / "run", "--tracking.backend", "none"),
+        *("--data.shards", synthetic / "shards", "--data.image_px", "32", "--data.holdout_identities", "20"),
+        *("--train.global_pairs", "8", "--train.steps", "20", "--train.precision", "bfloat16"),
+        *("--train.zero_stage", "1", "--mining.mode", "gathered", "--mining.batches_per_round", "4"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on cuda:0" in done.stderr
+    assert "heldout" in json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_loss_and_gradient_on_the_device_equal_the_cpus():
+    anchors, positives = torch.randn(2, 64, 32)
+    labels = torch.arange(64) // 2
+
+    def outcome(device):
+        a, p = (x.to(device).requires_grad_() for x in (anchors, positives))
+        losses = npair_mc_rows(a, p, p, labels.to(device), labels.to(device), tile_bytes=4096)
+        return [x.cpu() for x in (losses.detach(), *torch.autograd.grad(losses.sum(), (a, p)))]
+
+    for got, expected in zip(outcome("cuda"), outcome("cpu"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mined_classes_on_the_device_are_the_cpus():
+
+    anchors, positives = torch.randint(-3, 4, (2, 200, 16)).float()
+    orders = [
+        greedy_classes(anchors.to(d), positives.to(d), 50, np.random.default_rng(0)).order.tolist()
+        for d in ("cpu", "cuda")
+    ]
+    assert orders[0] == orders[1]
