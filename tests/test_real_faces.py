@@ -43,21 +43,10 @@ def test_pack_train_continue_and_evaluate_as_the_readme_says(face_data, tmp_path
 
 
 def test_an_lfw_with_images_missing_is_refused_before_anything_is_embedded(face_data, tmp_path):
-    run_dir = tmp_path / "run"
-    done = facetrain(
-        *("check", "--data.shards", tmp_path / "shards", "--run.dir", run_dir),
-        *(
-            "--eval.images",
-            f"[{face_data / 'lfw_aligned-00.tar'}]",
-            "--eval.pairs",
-            face_data / "protocols" / "pairs.txt",
-        ),
-    )
-    assert done.returncode == 2  # there are no shards either: that comes first
     packed = facetrain("pack", face_data / "faces_train-00.tar", tmp_path / "shards")
     assert packed.returncode == 0, packed.stderr
     done = facetrain(
-        *("check", "--data.shards", tmp_path / "shards", "--run.dir", run_dir),
+        *("check", "--data.shards", tmp_path / "shards", "--run.dir", tmp_path / "run"),
         *(
             "--eval.images",
             f"[{face_data / 'lfw_aligned-00.tar'}]",
