@@ -6,8 +6,10 @@ from typing import Literal
 
 from facetrain.checkpoint import load_backbone
 from facetrain.data.sources import open_faces
+from facetrain.evaluation.inputs import load_embeddings_npz
 from facetrain.evaluation.judge import embed_faces
-from facetrain.evaluation.lfw import check_inputs, evaluate_to_folder, load_embeddings_npz
+from facetrain.evaluation.lfw import check_inputs
+from facetrain.evaluation.report import evaluate_to_folder
 from facetrain.world import start_world
 
 

@@ -52,7 +52,7 @@ config=(--config "$root/configs/quickstart.yaml" "${flags[@]}")
 lfw=()
 if [[ ${#images[@]} -gt 0 ]]; then
     list="$(printf ', "%s"' "${images[@]}")"
-    lfw=(--eval.dataset lfw --eval.images "[${list:2}]" --eval.pairs "$pairs")
+    lfw=(--eval.dataset lfw --eval.images "[${list:2}]" --eval.pairs "$pairs" --eval.open_set_people null)
 fi
 check_config "$processes" "${config[@]}" "${lfw[@]}"
 

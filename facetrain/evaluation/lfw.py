@@ -1,6 +1,5 @@
 """Labeled Faces in the Wild: every protocol that can be run on a set of named embeddings, with its counts checked."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from facetrain.evaluation import protocols
 from facetrain.evaluation.identification import ClosedSet, Embeddings, OpenSet
 from facetrain.evaluation.inputs import FaceSet, PairList, face_set, read_pairs, read_people, unit_vectors
-from facetrain.evaluation.inputs import load_embeddings_npz as load_embeddings_npz  # what callers feed `evaluate` with
 from facetrain.evaluation.protocols import CannotRunError, Mask
 from facetrain.evaluation.threshold import num_allowed
 from facetrain.evaluation.verification import Verification, verify
@@ -118,31 +116,6 @@ def check_inputs(names: Sequence[str], *, pairs: Path, open_set_people: Path | N
     """Raise the ValueError that `evaluate` would, as far as names and lists tell it, before anything is embedded."""
     faces, pair_list, _ = _read_inputs(names, pairs, open_set_people, dataset)
     pair_list.rows(faces)
-
-
-def evaluate_to_folder(
-    names: Sequence[str],
-    embeddings: NDArray[np.float32],
-    *,
-    pairs: Path,
-    open_set_people: Path | None,
-    out: Path,
-    draws: int = 1,
-    dataset: str = "lfw",
-    seed: int = 0,
-) -> Evaluation:
-    """Evaluate, print the table, and write `results.json` and `figures/*.png` into the folder `out`.
-
-    Arguments and errors are those of `evaluate`.
-    """
-    from facetrain.evaluation.report import format_table, write_report
-
-    evaluation = evaluate(
-        names, embeddings, pairs=pairs, open_set_people=open_set_people, draws=draws, dataset=dataset, seed=seed
-    )
-    write_report(evaluation, out)
-    sys.stdout.write(format_table(evaluation))
-    return evaluation
 
 
 def _read_inputs(

@@ -2,18 +2,43 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from facetrain.evaluation.figures import save_figures
 from facetrain.evaluation.identification import ClosedSet, OpenSet
-from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation
+from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation, evaluate
 
 FEW_IMPOSTORS = 10
 """A rate whose threshold lets fewer impostors through than this gets a note."""
+
+
+def evaluate_to_folder(
+    names: Sequence[str],
+    embeddings: NDArray[np.float32],
+    *,
+    pairs: Path,
+    open_set_people: Path | None,
+    out: Path,
+    draws: int = 1,
+    dataset: str = "lfw",
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate, print the table, and write `results.json` and `figures/*.png` into the folder `out`.
+
+    Arguments and errors are those of `evaluate`.
+    """
+    evaluation = evaluate(
+        names, embeddings, pairs=pairs, open_set_people=open_set_people, draws=draws, dataset=dataset, seed=seed
+    )
+    write_report(evaluation, out)
+    sys.stdout.write(format_table(evaluation))
+    return evaluation
 
 
 def write_report(evaluation: Evaluation, out: Path) -> None:

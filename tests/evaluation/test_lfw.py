@@ -10,7 +10,8 @@ from face_lists import tied_set, write_pairs
 from numpy.typing import NDArray
 
 from facetrain.evaluation.inputs import load_embeddings_npz, read_pairs
-from facetrain.evaluation.lfw import check_inputs, evaluate, evaluate_to_folder, metrics
+from facetrain.evaluation.lfw import check_inputs, evaluate, metrics
+from facetrain.evaluation.report import evaluate_to_folder
 
 Images = dict[str, list[NDArray[np.float32]]]
 Search = tuple[list[NDArray[np.float32]], list[str]]

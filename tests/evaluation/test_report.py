@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from face_lists import tied_set, write_pairs
 
-from facetrain.evaluation.lfw import Evaluation, evaluate, evaluate_to_folder
-from facetrain.evaluation.report import format_table, write_results
+from facetrain.evaluation.lfw import Evaluation, evaluate
+from facetrain.evaluation.report import evaluate_to_folder, format_table, write_results
 
 PNG = b"\x89PNG\r\n"
 
