@@ -67,42 +67,57 @@ def test_parameter_gradients_of_any_number_of_ranks_equal_one_process(world_size
 
 
 def train_through_engine(world, zero_stages):
+    """Per ZeRO stage: what one long step changes, which is the clipped gradient, and the losses of 20 steps."""
     outcomes = {}
     for zero_stage in zero_stages:
-        config = TrainConfig(optimizer="sgd", zero_stage=zero_stage, clip_norm=1.0)
-        engine = Engine(make_backbone(torch.float32), config, world, pairs_per_rank=PAIRS // world.world_size)
-        losses, norms = [], []
+        engine = make_engine(world, zero_stage, momentum=0.0)
+        before = flat_parameters(engine.backbone)
+        engine.backward(local_loss(world, engine, images_of(0, torch.float32)))
+        norm = float(engine.step(1.0))
+        gradient = before - flat_parameters(engine.backbone)
+
+        engine, losses = make_engine(world, zero_stage, momentum=0.9), []
         for step in range(STEPS):
             loss = local_loss(world, engine, images_of(step, torch.float32))
             engine.backward(loss)
-            norms.append(float(engine.step(LEARNING_RATE)))
+            engine.step(LEARNING_RATE)
             losses.append(float(world.all_reduce_mean_(loss.detach())))
-            if step == 0:
-                first_update = [p.detach().clone() for p in engine.backbone.parameters()]
-        outcomes[zero_stage] = losses, norms, first_update
+        outcomes[zero_stage] = norm, gradient, losses
     return outcomes
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_training_through_the_engine_equals_one_process_at_every_zero_stage(world_size):
+def make_engine(world, zero_stage, *, momentum):
+    config = TrainConfig(optimizer="sgd", momentum=momentum, zero_stage=zero_stage, clip_norm=1.0)
+    return Engine(make_backbone(torch.float32), config, world, pairs_per_rank=PAIRS // world.world_size)
+
+
+def flat_parameters(backbone):
+    return torch.cat([p.detach().flatten() for p in backbone.parameters()])
+
+
+def reference_training():
+    """The same in one process, by torch alone."""
     backbone = make_backbone(torch.float32)
-    before = [p.detach().clone() for p in backbone.parameters()]
     optimizer = torch.optim.SGD(backbone.parameters(), lr=LEARNING_RATE, momentum=0.9)
-    expected_losses, expected_norms = [], []
+    losses = []
     for step in range(STEPS):
         loss = reference_loss(backbone, images_of(step, torch.float32))
         optimizer.zero_grad()
         loss.backward()
-        expected_norms.append(float(torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)))
-        optimizer.step()
-        expected_losses.append(loss.item())
+        norm = float(torch.nn.utils.clip_grad_norm_(backbone.parameters(), 1.0))
         if step == 0:
-            after = [p.detach().clone() for p in backbone.parameters()]
-    update = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+            first_norm = norm
+            gradient = torch.cat([p.grad.flatten() for p in backbone.parameters()])
+        optimizer.step()
+        losses.append(loss.item())
+    return first_norm, gradient, losses
 
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_training_through_the_engine_equals_one_process_at_every_zero_stage(world_size):
+    expected_norm, expected_gradient, expected_losses = reference_training()
     for outcomes in run_ranks(train_through_engine, world_size, (0, 1, 2), timeout_s=240):
-        for losses, norms, first_update in outcomes.values():
+        for norm, gradient, losses in outcomes.values():
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+            assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
             assert losses == pytest.approx(expected_losses, rel=1e-5)
-            assert norms[0] == pytest.approx(expected_norms[0], rel=1e-5)
-            got = torch.cat([(a - b).flatten() for a, b in zip(first_update, before, strict=True)])
-            assert (got - update).norm() < 1e-5 * update.norm()
