@@ -7,7 +7,8 @@ number of ranks or the ZeRO stage.
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class Engine:
         self._statistics = [
             buffer for name, buffer in backbone.named_buffers() if name.endswith(("running_mean", "running_var"))
         ]
-        self._deepspeed = _initialize(self.backbone, config, world, images_per_rank=2 * pairs_per_rank)
+        with _launcher_variables():
+            self._deepspeed = _initialize(self.backbone, config, world, images_per_rank=2 * pairs_per_rank)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Return the embeddings [B, D] of network inputs [B, C, H, W], with gradient, in the configured precision."""
@@ -212,16 +214,21 @@ def _import_deepspeed(world: World) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import set another level
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed wants the launcher's variables also in a run of one process, where there is no launcher.
+    backend = "gloo" if world.device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+    return deepspeed
+
+
+@contextmanager
+def _launcher_variables() -> Iterator[None]:
+    """Set what DeepSpeed reads of a launcher, also in a run of one process, where there is none."""
     missing = {key: value for key, value in _NO_LAUNCHER.items() if key not in os.environ}
     os.environ.update(missing)
     try:
-        backend = "gloo" if world.device.type == "cpu" else "nccl"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+        yield
     finally:
         for key in missing:
             del os.environ[key]
-    return deepspeed
 
 
 _NO_LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

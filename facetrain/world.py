@@ -116,7 +116,7 @@ class World:
 def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Iterator[World]:
     """Join the processes that the launcher started (torchrun, srun torchrun), or be a world of one.
 
-    Backends: gloo for CPU tensors, nccl for CUDA tensors. The process group is closed at the end.
+    Backends: gloo for CPU tensors, nccl for CUDA tensors. The process group is closed at the end, unless by an error.
 
     Raises:
         ValueError: device is cuda and there is none, or there are more processes than devices.
@@ -138,10 +138,9 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
     if "RANK" not in env:
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **arguments)
-    try:
-        yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
-    finally:
-        dist.destroy_process_group()
+    yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
+    # Not after an error: peers that wait in a collective would fail at once, and hide what this rank has to say.
+    dist.destroy_process_group()
 
 
 _LAUNCHER_KEYS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
