@@ -11,12 +11,11 @@ from matplotlib.image import imread
 
 PEOPLE, IMAGES = 6, 6
 MEASURES = {
-    "verification\naccuracy": ("verification", "accuracy"),
-    "closed-full\nrank-1": ("closed-full", "rank1"),
-    "open-best-rowden\nrank-1": ("open-best-rowden", "rank1"),
-    "open-best-rowden\nDIR@FAR=1%": ("open-best-rowden", "dir_rank1_at_far_1e-2"),
+    "verification\naccuracy": "synthetic/verification/accuracy",
+    "closed-full\nrank-1": "synthetic/closed-full/rank1",
+    "open-best-rowden\nrank-1": "synthetic/open-best-rowden/rank1",
+    "open-best-rowden\nDIR@FAR=1%": "synthetic/open-best-rowden/dir_rank1_at_far_1e-2",
 }
-RUNS = {"untrained": ("quickstart/untrained", "0.75"), "trained": ("quickstart/run", "#0072B2")}
 
 
 def main() -> None:
@@ -31,9 +30,10 @@ def main() -> None:
             cell.set_axis_off()
 
     plot = right.subplots()
-    for offset, (name, (run, colour)) in zip((-0.2, 0.2), RUNS.items(), strict=True):
-        results = json.loads((Path(run) / "results.json").read_text())
-        shares = [100 * results[protocol][key] for protocol, key in MEASURES.values()]
+    records = [json.loads(line) for line in Path("quickstart/run/metrics.jsonl").read_text().splitlines()]
+    judged = [record for record in records if MEASURES["verification\naccuracy"] in record]
+    for offset, name, colour, record in ((-0.2, "untrained", "0.75", judged[0]), (0.2, "trained", "#0072B2", judged[-1])):
+        shares = [100 * record[key] for key in MEASURES.values()]
         bars = plot.bar([x + offset for x in range(len(shares))], shares, 0.38, color=colour, label=name)
         plot.bar_label(bars, fmt="%.1f", fontsize=9)
     plot.set_xticks(range(len(MEASURES)), list(MEASURES))

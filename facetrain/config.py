@@ -227,6 +227,8 @@ class EvalConfig:
 
     every_steps: int = 0
     """Steps between evaluations; 0 evaluates at the end alone."""
+    at_start: bool = False
+    """Evaluate the untrained network too, as step 0."""
     dataset: str = "lfw"
     """Name of the evaluation set in metrics and results; with 'lfw' its published counts are checked."""
     images: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "train.save_every_steps",
     "train.keep_checkpoints",
     "eval.every_steps",
+    "eval.at_start",
     "eval.dataset",
     "eval.images",
     "eval.pairs",

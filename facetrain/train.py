@@ -125,6 +125,8 @@ class Run:
         """Train to the last step and write the results."""
         self._announce()
         try:
+            if self.config.eval.at_start and self.state.step == 0:
+                self._report(self.judge.judge(self.engine.backbone, self.world))
             self._loop()
             self._finish()
         except BaseException:
@@ -242,6 +244,9 @@ class Run:
         accuracy = judgement.heldout.get("accuracy", -1.0)
         if accuracy > self.state.best_accuracy:
             self.state.best_accuracy, self.state.best_step = accuracy, self.state.step
+        self._report(judgement)
+
+    def _report(self, judgement: Judgement) -> None:
         self.tracker.metrics(self.state.step, judgement.metrics())
         if judgement.metrics():
             log.info(f"step {self.state.step:6d}  {judgement.summary()}")

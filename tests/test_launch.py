@@ -98,7 +98,7 @@ def test_quickstart_trains_resumes_and_says_so(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     table = {line.rsplit(maxsplit=2)[0]: line.split()[-2:] for line in first.stdout.splitlines() if line.endswith("%")}
     assert set(table) >= {"verification accuracy", "closed-full rank-1", "open-best-rowden DIR@FAR=1%"}
-    for path in ("run/results.json", "run/model.safetensors", "run/figures", "mlflow.db", "untrained/results.json"):
+    for path in ("run/results.json", "run/model.safetensors", "run/figures", "mlflow.db"):
         assert (tmp_path / "quickstart" / path).exists(), path
     assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]
 
