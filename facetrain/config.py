@@ -120,7 +120,8 @@ class MiningConfig:
     """Which hard negative classes share a batch (Sohn 2016, section 3)."""
 
     mode: Literal["off", "auto", "gathered", "table", "quota"] = "off"
-    """off: random classes; gathered: greedy over candidates embedded by all ranks; auto chooses and says why."""
+    """off: random classes; gathered: greedy over candidates embedded by all ranks; table: over the embeddings of recent
+    training steps; quota: as gathered, with as many classes of each virtual node; auto chooses and says why."""
     candidates: int = 10_000
     """Classes drawn and embedded per round, two images each; all where there are fewer."""
     candidates_per_batch: float = 0.5
@@ -137,6 +138,21 @@ class MiningConfig:
     """Clip violations at 0 from below: classes that don't violate the margin then tie and are drawn by the seed."""
     margin: float = 0.0
     """Margin of the hinge, in units of the inner product."""
+    table_max_age_steps: int = 2000
+    """mode=table: embeddings of a class that was trained on longer ago than this are left out."""
+    table_refresh_share: float = 0.25
+    """mode=table: up to this fraction of a batch are random classes of those left out, which refreshes them."""
+    table_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """mode=table: how embeddings are kept, two of each class, over the memory of all ranks."""
+    table_neighbours: int = 64
+    """mode=table: neighbours of each class in the graph that batches are mined on."""
+    table_exact_limit: int = 200_000
+    """mode=table: classes up to which the graph comes of all products; beyond, FAISS approximates it on the CPU."""
+    table_probes: int = 8
+    """mode=table: clusters, of 4 sqrt(classes), that the approximation looks into; more find more and take longer."""
+    virtual_nodes: int = 8
+    """mode=quota: parts of the identities that give each batch as many classes; a divisor of train.global_pairs and a
+    multiple of the processes."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -152,8 +168,13 @@ class MiningConfig:
             )
         if not 0 <= self.random_share < 1:
             raise ValueError(f"mining.random_share: expected a fraction in [0, 1), got {self.random_share}")
-        if self.mode in ("table", "quota"):
-            raise ValueError(f"mining.mode: '{self.mode}' doesn't exist yet, expected off, auto or gathered")
+        for name in ("table_neighbours", "table_exact_limit", "table_probes", "virtual_nodes"):
+            _at_least(f"mining.{name}", getattr(self, name), 1)
+        _at_least("mining.table_max_age_steps", self.table_max_age_steps, 2)
+        if not 0 <= self.table_refresh_share < 1:
+            raise ValueError(
+                f"mining.table_refresh_share: expected a fraction in [0, 1), got {self.table_refresh_share}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,10 +301,15 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what concerns two sections."""
-        if self.mining.mode != "off" and self.mining.candidates < self.train.global_pairs:
+        if self.mining.mode in ("gathered", "quota") and self.mining.candidates < self.train.global_pairs:
             raise ValueError(
                 f"mining.candidates: expected at least train.global_pairs = {self.train.global_pairs} classes to"
                 f" choose from, got {self.mining.candidates}"
+            )
+        if self.mining.mode == "quota" and self.train.global_pairs % self.mining.virtual_nodes:
+            raise ValueError(
+                f"mining.virtual_nodes: expected a divisor of train.global_pairs = {self.train.global_pairs}, got"
+                f" {self.mining.virtual_nodes}"
             )
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:

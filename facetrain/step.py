@@ -23,6 +23,8 @@ class StepStats:
     """Mean ||f||^2 of this rank's embeddings. Scalar."""
     grad_norm: Tensor
     """Norm of the averaged gradient before clipping, equal on all ranks. Scalar."""
+    embeddings_VnD: Tensor  # noqa: N815 - dims as suffixes
+    """This rank's embeddings, detached, as the network gave them."""
 
     def read(self, world: World) -> dict[str, float]:
         """Return the figures of the global batch under their metric names; every rank must call it.
@@ -44,4 +46,10 @@ def train_step(engine: Engine, loss: NPairLoss, batch: PairBatch, *, learning_ra
     value = loss(embeddings_VnD[0], embeddings_VnD[1], batch.labels_n)
     engine.backward(value.total)  # over all ranks: gradients are averaged
     grad_norm = engine.step(learning_rate)
-    return StepStats(loss=value.total.detach(), npair=value.npair, squared_norm=value.squared_norm, grad_norm=grad_norm)
+    return StepStats(
+        loss=value.total.detach(),
+        npair=value.npair,
+        squared_norm=value.squared_norm,
+        grad_norm=grad_norm,
+        embeddings_VnD=embeddings_VnD.detach(),
+    )

@@ -77,6 +77,12 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
 
+    def broadcast_(self, x: Tensor, source: int) -> Tensor:
+        """Overwrite x by that of rank `source`, of the same shape and type, in place, and return it."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=source)
+        return x
+
     def all_reduce_mean_(self, x: Tensor) -> Tensor:
         """Replace x by its mean over the ranks, in place, and return it."""
         if self.world_size > 1:
@@ -110,6 +116,21 @@ class World:
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
+
+    def on_all(self, function: Callable[[], None]) -> None:
+        """Call the function on every rank.
+
+        Raises:
+            Exception: What the function raised on the lowest rank where it did, on every rank, so that all fail together.
+        """
+        error = None
+        try:
+            function()
+        except Exception as caught:
+            error = caught
+        errors = [e for e in self.all_gather_object(error) if e is not None]
+        if errors:
+            raise errors[0]
 
 
 @contextmanager

@@ -19,9 +19,6 @@ from facetrain.losses.npair import npair_mc_rows
 from facetrain.mining.greedy import greedy_classes
 from facetrain.world import World
 
-GATHERED_LIMIT = 100_000
-"""Trained identities up to which mode 'auto' takes gathered mining without further words."""
-
 _MINING_STREAM = 0x6D696E65
 """Keeps the random numbers of mining apart from those that the plan draws from the same seed."""
 
@@ -63,19 +60,6 @@ class _MinedBatch:
     tie_share: float
     loss_mined: float
     loss_random: float
-
-
-def choose_mode(config: MiningConfig, num_identities: int) -> tuple[str, str]:
-    """Return the mode that mining runs in and the reason in one line, for the log."""
-    if config.mode != "auto":
-        return config.mode, "mining.mode asks for it"
-    held = min(config.candidates, num_identities)
-    if num_identities <= GATHERED_LIMIT:
-        return "gathered", f"{num_identities} identities: every rank can hold the embeddings of {held} candidates"
-    return "gathered", (
-        f"{num_identities} identities are more than gathered mining is made for ({GATHERED_LIMIT}), but mode 'table'"
-        f" doesn't exist yet: each round sees {held} of them"
-    )
 
 
 def mine_round(

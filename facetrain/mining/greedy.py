@@ -34,6 +34,8 @@ def greedy_classes(
     *,
     hinge: bool = False,
     margin: float = 0.0,
+    groups_C: NDArray[np.int64] | None = None,
+    group_quota: int = 0,
 ) -> GreedyResult:
     """Select classes that are hard for one another, exactly and one at a time.
 
@@ -52,6 +54,8 @@ def greedy_classes(
         generator: Draws the first class and the ties.
         hinge: Add `margin` to scores and clip them at 0 from below, so that all classes that don't violate tie.
         margin: Margin of the hinge, in units of the inner product; without the hinge it would change nothing.
+        groups_C: int64; the group of each class, from 0. None is no groups.
+        group_quota: Most classes that are selected from a group; each has as many, and `num` is no more than they allow.
 
     Raises:
         ValueError: `num` is out of bounds, or an embedding isn't finite.
@@ -67,15 +71,19 @@ def greedy_classes(
     lowest, shift = (0.0, margin) if hinge else (-torch.inf, 0.0)
     best_C = anchors_CD.new_full((C,), lowest)
     taken_C = torch.zeros(C, dtype=torch.bool, device=anchors_CD.device)
+    groups_C = np.zeros(C, dtype=np.int64) if groups_C is None else groups_C
+    group_on_device_C = torch.from_numpy(groups_C).to(anchors_CD.device)
+    room_G = torch.full((int(groups_C.max()) + 1,), group_quota or num, device=anchors_CD.device)
 
     chosen = (draws_N[:1] * C).long()
     order, violations, choices = [chosen], [best_C.new_zeros(1)], [chosen.new_ones(1)]
     for n in range(1, num):
         taken_C.index_fill_(0, chosen, True)
+        room_G[group_on_device_C[chosen]] -= 1
         products_C = positives_CD @ anchors_CD[chosen].squeeze(0)  # indexing by a scalar tensor would wait for it
         # <a_s, p_s> is read from the same product, so that classes with equal embeddings have equal scores.
         best_C = torch.maximum(best_C, products_C - products_C[chosen] + shift)
-        open_C = best_C.masked_fill(taken_C, -torch.inf)
+        open_C = best_C.masked_fill(taken_C | (room_G[group_on_device_C] == 0), -torch.inf)
         violation = open_C.max().view(1)
         rank_among_equals_C = (open_C == violation).cumsum(0)
         num_equal = rank_among_equals_C[-1:]

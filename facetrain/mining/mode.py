@@ -1,0 +1,78 @@
+"""Which mode mining runs in, why, and what it costs."""
+
+from dataclasses import dataclass
+
+from facetrain.config import Config, MiningConfig
+from facetrain.search import has_faiss
+
+GATHERED_LIMIT = 100_000
+"""Trained identities up to which mode 'auto' takes gathered mining."""
+
+
+@dataclass(frozen=True)
+class MiningMode:
+    """A mode as it was chosen."""
+
+    name: str
+    """off, gathered, table or quota."""
+    reason: str
+    """Why, in one line."""
+    round_steps: float
+    """Predicted cost of a round's embeddings, in training steps: C e / (6 N) for C candidates of e = 2 images each and
+    steps of 2 N images, forward and backward being three forward passes. 0 for the table, which embeds nothing."""
+    batches_per_round: int
+    """Batches that share the cost."""
+
+    def describe(self) -> str:
+        """Return the choice and its cost, for the log."""
+        cost = "no forward passes: embeddings are those of training"
+        if self.round_steps:
+            each = self.round_steps / self.batches_per_round
+            cost = (
+                f"a round embeds for as long as {self.round_steps:.1f} training steps,"
+                f" {each:.2f} for each of its {self.batches_per_round} batches"
+            )
+        return f"mining: {self.name}; {self.reason}; {cost}"
+
+
+def choose_mode(config: MiningConfig, *, num_identities: int, num_pairs: int) -> MiningMode:
+    """Resolve mode 'auto' by the number of trained identities.
+
+    It depends on where the shards are too, in principle: 'quota' is for shards of which each rank holds a part. Today
+    every rank reads all shards, so that 'auto' never chooses it; it is chosen by hand.
+    """
+    name = config.mode
+    reason = "mining.mode asks for it"
+    if config.mode == "auto":
+        few = num_identities <= GATHERED_LIMIT
+        name = "gathered" if few else "table"
+        reason = f"{num_identities} identities are {'at most' if few else 'more than'} {GATHERED_LIMIT}"
+    embeds = name in ("gathered", "quota")
+    round_steps = 2 * min(config.candidates, num_identities) / (6 * num_pairs) if embeds else 0.0
+    return MiningMode(name=name, reason=reason, round_steps=round_steps, batches_per_round=config.batches_per_round)
+
+
+def check_mode(config: Config, *, num_identities: int, world_size: int) -> None:
+    """Refuse what the chosen mode can't do with these identities and ranks, before anything starts.
+
+    Raises:
+        ValueError: Fewer candidates than pairs; for quota, virtual nodes that the ranks can't share evenly; for the
+            table, more identities than are searched exactly, without FAISS.
+    """
+    mining, num_pairs = config.mining, config.train.global_pairs
+    mode = choose_mode(mining, num_identities=num_identities, num_pairs=num_pairs).name
+    candidates = min(mining.candidates, num_identities)
+    if mode in ("gathered", "quota") and candidates < num_pairs:
+        raise ValueError(
+            f"mining.candidates: expected at least train.global_pairs = {num_pairs} classes to choose from, got"
+            f" {candidates} (mining.candidates = {mining.candidates}, {num_identities} trained identities)"
+        )
+    if mode == "quota" and mining.virtual_nodes % world_size:
+        raise ValueError(
+            f"mining.virtual_nodes: expected a multiple of the {world_size} processes, got {mining.virtual_nodes}"
+        )
+    if mode == "table" and num_identities > mining.table_exact_limit and not has_faiss():
+        raise ValueError(
+            f"mining.table_exact_limit: {num_identities} identities are more than {mining.table_exact_limit}, and"
+            " searching them approximately needs FAISS: pip install 'facetrain[faiss]', or raise the limit"
+        )
