@@ -1,8 +1,9 @@
-"""Similarity search: exact, with products in full float32, block by block, so that memory stays bounded; and
-approximate among clusters, with FAISS, for millions of items against one another.
+"""Similarity search: exact, with products in full float32, block by block, so that memory stays bounded.
 
-Sole importer of faiss, an optional dependency. Dims: Q queries, q queries of one block, I items, G groups of items,
-L clusters, D width.
+And approximate, among clusters, for millions of items against one another: with FAISS, an optional dependency, of which
+this is the sole importer.
+
+Dims: Q queries, q queries of one block, I items, G groups of items, L clusters, D width.
 """
 
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int) -> Tensor:
     import faiss
 
     items = items_ID.float().cpu().numpy()
-    k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=10, spherical=True, seed=seed)
+    k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=10, spherical=True, seed=seed, min_points_per_centroid=1)
     k_means.train(items)
     return torch.from_numpy(k_means.centroids.copy())
 

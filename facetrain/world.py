@@ -121,7 +121,7 @@ class World:
         """Call the function on every rank.
 
         Raises:
-            Exception: What the function raised on the lowest rank where it did, on every rank, so that all fail together.
+            Exception: What it raised on the lowest rank where it did, on every rank, so that all fail together.
         """
         error = None
         try:

@@ -80,8 +80,18 @@ def weights(run_dir: Path) -> dict[str, bytes]:
             {"train__optimizer": "sgd", "train__learning_rate": 0.01, "data__workers": 0, "train__clip_norm": 1.0},
             marks=pytest.mark.slow,
         ),
+        (
+            2,
+            {
+                "mining__mode": "table",
+                "mining__table_neighbours": 8,
+                "mining__table_max_age_steps": 6,  # some classes are always left out
+                "data__workers": 0,
+                "model__norm": "none",
+            },
+        ),
     ],
-    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd"],
+    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd", "two-ranks-table"],
 )
 def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_size, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -177,6 +187,7 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
     check("model.name", "resnet", expected=("model.name", "casianet"))
     check("model.init_from", tmp_path, expected=("model.safetensors",))
     check("mining.candidates", 7, expected=("mining.candidates", "8", "7"))
+    check("mining.table_probes", 0, expected=("mining.table_probes", "1 or more", "0"))
 
 
 def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_path):

@@ -136,7 +136,7 @@ class EmbeddingTable:
         return {"first_row": torch.tensor([self.rows.start])} | {name: x[own].cpu() for name, x in rows.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back this rank's rows: anchors, positives and refreshed_at, as `state` gave them at any number of ranks."""
+        """Put back this rank's rows of what `state` gave, on however many ranks."""
         anchors, positives = (state[name].to(self.world.device) for name in ("anchors", "positives"))
         spare = anchors.new_zeros(1, anchors.shape[1])
         self._anchors, self._positives = torch.cat([anchors, spare]), torch.cat([positives, spare])

@@ -62,12 +62,13 @@ def build_graph(
         return _gather(table, num_neighbours, _exact_rows(table, rows_F, positives_FD, num_neighbours)), 1.0
 
     num_clusters = round(4 * math.sqrt(len(rows_F)))
-    sample = generator.choice(rows_F, min(len(rows_F), _CENTRE_SAMPLE * num_clusters), replace=False)
-    _, sampled_SD = table.lookup(sample)
+    sampled = generator.choice(rows_F, min(len(rows_F), _CENTRE_SAMPLE * num_clusters), replace=False)
+    judged = generator.choice(len(rows_F), min(len(rows_F), _RECALL_SAMPLE), replace=False)
+    cluster_seed = int(generator.integers(1 << 31))
+    _, sampled_SD = table.lookup(sampled)
     # Made by rank 0; every rank ends with them.
-    centres = table.world.on_main(lambda: unit_centres(sampled_SD, num_clusters, seed=int(generator.integers(1 << 31))))
-    index = ClusteredIndex(centres)
-    truth = _Truth(table, rows_F, generator.choice(len(rows_F), _RECALL_SAMPLE, replace=False), num_neighbours)
+    index = ClusteredIndex(table.world.on_main(lambda: unit_centres(sampled_SD, num_clusters, seed=cluster_seed)))
+    truth = _Truth(table, rows_F, judged, num_neighbours)
     for piece, block in table.positive_blocks(rows_F):
         index.add(block)
         truth.add(piece.start, block)

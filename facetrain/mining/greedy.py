@@ -55,7 +55,7 @@ def greedy_classes(
         hinge: Add `margin` to scores and clip them at 0 from below, so that all classes that don't violate tie.
         margin: Margin of the hinge, in units of the inner product; without the hinge it would change nothing.
         groups_C: int64; the group of each class, from 0. None is no groups.
-        group_quota: Most classes that are selected from a group; each has as many, and `num` is no more than they allow.
+        group_quota: Most classes that are selected from a group; every group has at least as many.
 
     Raises:
         ValueError: `num` is out of bounds, or an embedding isn't finite.

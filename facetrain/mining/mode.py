@@ -20,19 +20,12 @@ class MiningMode:
     round_steps: float
     """Predicted cost of a round's embeddings, in training steps: C e / (6 N) for C candidates of e = 2 images each and
     steps of 2 N images, forward and backward being three forward passes. 0 for the table, which embeds nothing."""
-    batches_per_round: int
-    """Batches that share the cost."""
+    cost: str
+    """The same in words."""
 
     def describe(self) -> str:
-        """Return the choice and its cost, for the log."""
-        cost = "no forward passes: embeddings are those of training"
-        if self.round_steps:
-            each = self.round_steps / self.batches_per_round
-            cost = (
-                f"a round embeds for as long as {self.round_steps:.1f} training steps,"
-                f" {each:.2f} for each of its {self.batches_per_round} batches"
-            )
-        return f"mining: {self.name}; {self.reason}; {cost}"
+        """Return the choice, its reason and its cost, for the log."""
+        return f"mining: {self.name}; {self.reason}; {self.cost}"
 
 
 def choose_mode(config: MiningConfig, *, num_identities: int, num_pairs: int) -> MiningMode:
@@ -47,9 +40,19 @@ def choose_mode(config: MiningConfig, *, num_identities: int, num_pairs: int) ->
         few = num_identities <= GATHERED_LIMIT
         name = "gathered" if few else "table"
         reason = f"{num_identities} identities are {'at most' if few else 'more than'} {GATHERED_LIMIT}"
-    embeds = name in ("gathered", "quota")
-    round_steps = 2 * min(config.candidates, num_identities) / (6 * num_pairs) if embeds else 0.0
-    return MiningMode(name=name, reason=reason, round_steps=round_steps, batches_per_round=config.batches_per_round)
+    if name == "table":
+        renewed = config.table_refresh_share * num_pairs * config.table_max_age_steps / num_identities
+        cost = (
+            f"no forward passes: embeddings are those of the last {config.table_max_age_steps} training steps, enough"
+            f" to renew {min(renewed, 1.0):.0%} of the identities"
+        )
+        return MiningMode(name=name, reason=reason, round_steps=0.0, cost=cost)
+    round_steps = 2 * min(config.candidates, num_identities) / (6 * num_pairs)
+    cost = (
+        f"a round embeds for as long as {round_steps:.1f} training steps,"
+        f" {round_steps / config.batches_per_round:.2f} for each of its {config.batches_per_round} batches"
+    )
+    return MiningMode(name=name, reason=reason, round_steps=round_steps, cost=cost)
 
 
 def check_mode(config: Config, *, num_identities: int, world_size: int) -> None:
