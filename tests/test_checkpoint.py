@@ -8,6 +8,7 @@ from facetrain.checkpoint import (
     load_backbone,
     load_optimizer,
     load_state,
+    load_table_rows,
     newest_checkpoint,
     save_checkpoint,
 )
@@ -102,3 +103,31 @@ def test_the_newest_and_the_best_are_kept_and_leftovers_are_ignored(tmp_path):
     (newest / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="step-00000004: expected a run folder"):
         load_backbone(newest)
+
+
+ROWS = {"anchors": torch.arange(22.0).view(11, 2).bfloat16(), "refreshed_at": torch.arange(11, dtype=torch.int32)}
+
+
+def save_table(world, folder):
+    config = config_of("sgd", 0)
+    state = TrainState(step=1, draws=np.zeros(1, dtype=np.int64))
+    first, last = ((0, 6), (6, 6), (6, 11))[world.rank]  # the middle rank owns nothing
+    table_rows = {"first_row": torch.tensor([first])} | {name: rows[first:last] for name, rows in ROWS.items()}
+    save_checkpoint(folder, make_engine(world, config), state, config, world, table_rows=table_rows)
+
+
+def test_the_rows_of_a_mining_table_are_read_by_any_number_of_ranks(tmp_path):
+    run_ranks(save_table, 3, tmp_path)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    for rows in (range(11), range(6), range(4, 9), range(9, 11), range(5, 5)):
+        found = load_table_rows(folder, rows)
+        for name in found:
+            assert torch.equal(found[name], ROWS[name][rows.start : rows.stop])
+        assert len(found) == 2
+
+    (folder / "mining_table-00002.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"mining_table-00002\.safetensors: damaged"):
+        load_table_rows(folder, range(11))
+    (folder / "mining_table-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"step-00000001: not a whole checkpoint \(5 of 11 rows of the mining table"):
+        load_table_rows(folder, range(11))

@@ -61,19 +61,24 @@ def build_graph(
         positives_FD = torch.cat([block for _, block in table.positive_blocks(rows_F)])
         return _gather(table, num_neighbours, _exact_rows(table, rows_F, positives_FD, num_neighbours)), 1.0
 
-    num_clusters = round(4 * math.sqrt(len(rows_F)))
-    sampled = generator.choice(rows_F, min(len(rows_F), _CENTRE_SAMPLE * num_clusters), replace=False)
     judged = generator.choice(len(rows_F), min(len(rows_F), _RECALL_SAMPLE), replace=False)
-    cluster_seed = int(generator.integers(1 << 31))
-    _, sampled_SD = table.lookup(sampled)
-    # Made by rank 0; every rank ends with them.
-    index = ClusteredIndex(table.world.on_main(lambda: unit_centres(sampled_SD, num_clusters, seed=cluster_seed)))
     truth = _Truth(table, rows_F, judged, num_neighbours)
+    index = _empty_index(table, rows_F, generator)
     for piece, block in table.positive_blocks(rows_F):
         index.add(block)
         truth.add(piece.start, block)
     graph = _gather(table, num_neighbours, _found_rows(table, rows_F, index, num_neighbours, probes))
     return graph, truth.share_in(graph)
+
+
+def _empty_index(table: EmbeddingTable, rows_F: NDArray[np.int64], generator: np.random.Generator) -> ClusteredIndex:
+    """Return an index whose clusters are made for a sample of the positives."""
+    num_clusters = round(4 * math.sqrt(len(rows_F)))
+    sample = generator.choice(rows_F, min(len(rows_F), _CENTRE_SAMPLE * num_clusters), replace=False)
+    seed = int(generator.integers(1 << 31))
+    _, positives_SD = table.lookup(sample)
+    # Made by rank 0; every rank ends with them.
+    return ClusteredIndex(table.world.on_main(lambda: unit_centres(positives_SD, num_clusters, seed=seed)))
 
 
 _Rows = tuple[Tensor, Tensor, Tensor]
