@@ -168,9 +168,7 @@ class _Search:
         self.num_pushed += 1
 
     def _can_extend(self, frontier: _Frontier) -> bool:
-        return (
-            self.extend is not None and frontier.source is not None and len(frontier.classes) < len(self.graph.own)
-        )
+        return self.extend is not None and frontier.source is not None and len(frontier.classes) < len(self.graph.own)
 
     def _read(self, frontier: _Frontier, value: float) -> list[int]:
         """Read the edges that weigh `value` and return their open classes; closed classes that follow are skipped."""

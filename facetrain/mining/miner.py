@@ -57,7 +57,8 @@ class Miner:
             f"  violation {s['mining/violation']:.2f}  loss {s['mining/loss_mined']:.3f}"
             f" (random {s['mining/loss_random']:.3f})  ties {s['mining/tie_share']:.1%}"
             f"  overlap {s['mining/overlap']:.0%}  embed {s['mining/embed_s']:.1f} s"
-            f"  greedy {s['mining/greedy_s']:.1f} s"
+            f"  graph {s['mining/graph_s']:.1f} s  search {s['mining/search_s']:.1f} s"
+            f"  exchange {s['mining/exchange_s']:.1f} s"
         )
         return first_step, mined
 
