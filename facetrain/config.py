@@ -123,7 +123,9 @@ class MiningConfig:
     """off: random classes; gathered: greedy over candidates embedded by all ranks; table: over the embeddings of recent
     training steps; quota: as gathered, with as many classes of each virtual node; auto chooses and says why."""
     candidates: int = 10_000
-    """Classes drawn and embedded per round, two images each; all where there are fewer."""
+    """Classes drawn and embedded per round; all where there are fewer."""
+    images_per_class: Literal[1, 2] = 2
+    """Images embedded per candidate; with one, a class is scored by its anchor alone, at half the cost of a round."""
     candidates_per_batch: float = 0.5
     """Fraction of a round's candidates that each batch is mined from, drawn afresh per batch, so that lists differ."""
     batches_per_round: int = 32
@@ -134,6 +136,10 @@ class MiningConfig:
     """Steps between a round and the first batch that uses it; at least data.workers * data.prefetch."""
     random_share: float = 0.0
     """Fraction of a mined batch that is filled with random classes instead, against label noise."""
+    similarity_cap: float | None = None
+    """Classes of a higher cosine to a chosen class stay out of its batch: the same person twice, or wrong labels."""
+    max_appearances: int | None = None
+    """Batches of a round that an identity may stand in; in further ones a random identity takes its place."""
     hinge: bool = False
     """Clip violations at 0 from below: classes that don't violate the margin then tie and are drawn by the seed."""
     margin: float = 0.0
@@ -147,7 +153,7 @@ class MiningConfig:
     table_neighbours: int = 64
     """mode=table: neighbours of each class in the graph that batches are mined on."""
     table_exact_limit: int = 200_000
-    """mode=table: classes up to which the graph comes of all products; beyond, FAISS approximates it on the CPU."""
+    """mode=table: classes up to which mining is exact, by all products; beyond, FAISS approximates on the CPU."""
     table_probes: int = 8
     """mode=table: clusters, of 4 sqrt(classes), that the approximation looks into; more find more and take longer."""
     virtual_nodes: int = 8
@@ -175,6 +181,10 @@ class MiningConfig:
             raise ValueError(
                 f"mining.table_refresh_share: expected a fraction in [0, 1), got {self.table_refresh_share}"
             )
+        if self.similarity_cap is not None and not 0 < self.similarity_cap <= 1:
+            raise ValueError(f"mining.similarity_cap: expected a cosine in (0, 1], got {self.similarity_cap}")
+        if self.max_appearances is not None:
+            _at_least("mining.max_appearances", self.max_appearances, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

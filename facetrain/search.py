@@ -32,16 +32,17 @@ def similarity_blocks(
     therefore padded with zeros to whole tiles. TF32, bf16 and autocast are off whatever the process has set.
 
     Args:
-        queries_QD: float32, on any device.
-        items_ID: float32, on the same device.
+        queries_QD: float32 or float64, on any device.
+        items_ID: of the same type, on the same device.
         block_bytes: bound on the size of one block of scores; at least 64 queries make a block.
 
     Yields:
-        The slice of queries, and their float32 scores [q, I].
+        The slice of queries, and their scores [q, I], of the type of the embeddings.
     """
     num_items = items_ID.shape[0]
     padded_ID = _pad_rows(items_ID, -num_items % _TILE)
-    rows = max(block_bytes // (4 * max(padded_ID.shape[0], 1)) // _TILE * _TILE, _TILE)
+    row_bytes = padded_ID.element_size() * max(padded_ID.shape[0], 1)
+    rows = max(block_bytes // row_bytes // _TILE * _TILE, _TILE)
     for start in range(0, queries_QD.shape[0], rows):
         block_qD = queries_QD[start : start + rows]
         num_queries = block_qD.shape[0]

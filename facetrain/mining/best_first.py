@@ -1,29 +1,40 @@
-"""Greedy selection of hard classes by best-first search on a graph of nearest classes.
+"""Best-first search of hard classes: the lists of `greedy_classes`, from a graph that the batches of a round share.
 
-Dims: C classes, K neighbours of a class, N classes selected (`num`).
+Adding the class of the largest score to those selected is taking the heaviest edge that leaves them, where the edge
+s -> c weighs <a_s, p_c> - <a_s, p_s>. With the edges of each class sorted, a heap of the heaviest unread edge of each
+selected class finds it without looking at the rest, which is nearly all of them.
+
+Dims: C candidate classes, K neighbours of a class, N classes selected (`num`).
 """
 
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from facetrain.mining.greedy import GreedyResult
+from facetrain.mining.greedy import GreedyResult, check_number
+
+Row = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""Classes, int32 [length], and their scores, float32 [length], falling."""
+
+Extend = Callable[[int, int], Row]
+"""(class, length) -> the first `length` entries of that class's full row, those of the graph among them."""
 
 
 @dataclass(frozen=True)
 class NeighbourGraph:
-    """To each class s the classes c of largest <a_s, p_c>."""
+    """For each class, those that are hardest against it."""
 
-    neighbours: NDArray[Any]
-    """int [C, K], by falling score."""
+    neighbours: NDArray[np.int32]
+    """int32 [C, K]; row s holds the classes c of largest <a_s, p_c>, s itself among them if its score says so."""
     scores: NDArray[np.float32]
-    """float32 [C, K]; <a_s, p_c>."""
+    """float32 [C, K]; <a_s, p_c> of each neighbour, falling along a row."""
     own: NDArray[np.float32]
-    """float32 [C]; <a_s, p_s>."""
+    """float32 [C]; <a_s, p_s>, or 0 where there is one image a class."""
+    capped: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
+    """Classes that may not join a batch after class s, for the similarity cap; not limited to the K neighbours."""
 
 
 def best_first_classes(
@@ -33,38 +44,154 @@ def best_first_classes(
     *,
     hinge: bool = False,
     margin: float = 0.0,
-    extend: Callable[[int, int], Any] | None,
+    extend: Extend | None,
     subset: NDArray[np.int64] | None = None,
 ) -> GreedyResult:
-    """Select classes that are hard for one another: the rule of `greedy_classes`, on the graph's edges alone."""
-    assert extend is None
-    num_classes, num_neighbours = graph.neighbours.shape
-    candidates = np.arange(num_classes) if subset is None else subset
-    lowest = 0.0 if hinge else -np.inf
-    taken = np.ones(num_classes, dtype=np.bool_)
-    taken[candidates] = False
-    order, violations, ties = [int(candidates[int(generator.random() * len(candidates))])], [0.0], 0
-    edges: list[tuple[float, int, int]] = []  # (-score, s, k), the next of each row and some that were put back
+    """Select classes that are hard for one another, as `greedy_classes` does, without its C products per class.
 
-    def push(s: int, k: int) -> None:
-        while k < num_neighbours and taken[graph.neighbours[s, k]]:
-            k += 1
-        if k < num_neighbours:
-            heapq.heappush(edges, (float(graph.own[s] - graph.scores[s, k]) - margin, s, k))
+    The result is that of `greedy_classes` for the same generator, equal scores included, if the graph's rows are exact
+    and `extend` gives more of them. With an approximate graph it is whatever the graph's edges lead to; where all rows
+    have run dry, a random class is drawn, counted as a filler, and the search goes on from there.
 
-    while len(order) < num:
-        taken[order[-1]] = True
-        push(order[-1], 0)
-        equals: list[tuple[float, int, int]] = []
-        while edges and -edges[0][0] > lowest and (not equals or edges[0][0] == equals[0][0]):
-            edge = heapq.heappop(edges)
-            push(edge[1], edge[2] + 1)
-            if not taken[graph.neighbours[edge[1:]]]:
-                equals.append(edge)
-        choices = sorted({int(graph.neighbours[edge[1:]]) for edge in equals}) or np.flatnonzero(~taken).tolist()
-        violations.append(-equals[0][0] if equals else 0.0)
-        ties += len(choices) > 1
-        order.append(choices[int(generator.random() * len(choices))])
-        for edge in equals:
-            heapq.heappush(edges, edge)
-    return GreedyResult(np.array(order), np.array(violations, dtype=np.float32), ties)
+    Args:
+        graph: Of all C candidates; from `neighbour_graph`, or approximate.
+        num: Classes to select, 1 to C, or to the size of the subset.
+        generator: Draws the first class and the ties.
+        hinge: As in `greedy_classes`.
+        margin: As in `greedy_classes`.
+        extend: Gives a longer row of the same scores; None takes the graph for all there is.
+        subset: int64, rising; the classes that can be selected. None is all of them.
+
+    Returns:
+        Classes as rows of the graph.
+
+    Raises:
+        ValueError: `num` is out of bounds.
+    """
+    candidates = np.arange(len(graph.own)) if subset is None else subset
+    check_number(num, len(candidates))
+    draws = generator.random(num).tolist()
+    search = _Search(graph, candidates, hinge, margin, extend)
+    chosen = int(candidates[int(draws[0] * len(candidates))])
+    order, violations, ties, fillers = [chosen], [0.0], 0, 0
+    for draw in draws[1:]:
+        search.select(chosen)
+        violation, equals = search.hardest()
+        if equals:
+            ties += len(equals) > 1
+        else:
+            violation, equals = 0.0, search.open_classes() or np.setdiff1d(candidates, order).tolist()
+            fillers += 1
+        chosen = equals[int(draw * len(equals))]
+        order.append(chosen)
+        violations.append(violation)
+    return GreedyResult(np.array(order), np.array(violations, dtype=np.float32), ties, fillers)
+
+
+class _Frontier:
+    """The unread edges of a selected class, heaviest first."""
+
+    __slots__ = ("classes", "next", "source", "values")
+
+    def __init__(self, source: int | None, classes: list[int], values: list[float]) -> None:
+        self.source = source  # None: no more edges than these
+        self.classes, self.values, self.next = classes, values, 0
+
+    @property
+    def value(self) -> float:
+        """Weight of the next edge; at the end of a row a bound on all that the row leaves out."""
+        return self.values[min(self.next, len(self.values) - 1)]
+
+
+class _Search:
+    """The classes that are open, and a heap of the selected ones' frontiers."""
+
+    def __init__(
+        self,
+        graph: NeighbourGraph,
+        candidates: NDArray[np.int64],
+        hinge: bool,
+        margin: float,
+        extend: Extend | None,
+    ) -> None:
+        self.graph, self.extend = graph, extend
+        self.shift = np.float32(margin if hinge else 0.0)
+        self.floor = 0.0 if hinge else -np.inf
+        self.is_open = bytearray(len(graph.own))  # faster to index from Python than an array
+        np.frombuffer(self.is_open, dtype=np.uint8)[candidates] = 1
+        self.num_open = len(candidates)
+        self.heap: list[tuple[float, int, _Frontier]] = []  # (-value, number, frontier); the number settles comparisons
+        self.num_pushed = 0
+
+    def open_classes(self) -> list[int]:
+        """Return the classes that can be selected, rising."""
+        return np.flatnonzero(np.frombuffer(self.is_open, dtype=np.uint8)).tolist()
+
+    def select(self, s: int) -> None:
+        """Close a class and let its edges in."""
+        self._close([s, *self.graph.capped.get(s, ())])
+        classes, values = self.graph.neighbours[s].tolist(), self._weigh(s, self.graph.scores[s])
+        self._push(_Frontier(s, classes, values))
+
+    def hardest(self) -> tuple[float, list[int]]:
+        """Return the largest score of an open class, and all classes that have it, rising; none if edges ran out."""
+        heap, tied, best = self.heap, set[int](), self.floor
+        while heap and len(tied) < self.num_open and -heap[0][0] >= best and -heap[0][0] > self.floor:
+            value, number, frontier = -heap[0][0], *heap[0][1:]
+            found = self._read(frontier, value)
+            if found:
+                best = value
+                tied.update(found)
+            if frontier.next < len(frontier.classes) or self._can_extend(frontier):
+                heapq.heapreplace(heap, (-frontier.value, number, frontier))
+            else:
+                heapq.heappop(heap)
+        if not tied and self.floor == 0.0:
+            return 0.0, self.open_classes()  # with the hinge, all that don't violate are equal
+        equals = sorted(tied)
+        if len(equals) > 1:
+            # Read, but not all of them will be selected now: a row of their own keeps them on the frontier.
+            self._push(_Frontier(None, equals, [best] * len(equals)))
+        return best, equals
+
+    def _weigh(self, s: int, scores: NDArray[np.float32]) -> list[float]:
+        # float32 throughout, as in greedy_classes. Rounding keeps the order, so that rows stay sorted.
+        return (scores - self.graph.own[s] + self.shift).tolist()  # type: ignore[no-any-return]
+
+    def _close(self, classes: Iterable[int]) -> None:
+        for c in classes:
+            self.num_open -= self.is_open[c]
+            self.is_open[c] = 0
+
+    def _push(self, frontier: _Frontier) -> None:
+        heapq.heappush(self.heap, (-frontier.value, self.num_pushed, frontier))
+        self.num_pushed += 1
+
+    def _can_extend(self, frontier: _Frontier) -> bool:
+        return self.extend is not None and frontier.source is not None and len(frontier.classes) < len(self.graph.own)
+
+    def _read(self, frontier: _Frontier, value: float) -> list[int]:
+        """Read the edges that weigh `value` and return their open classes; closed classes that follow are skipped."""
+        if frontier.next == len(frontier.classes):
+            self._lengthen(frontier)
+        found = []
+        for i in range(frontier.next, len(frontier.classes)):
+            c = frontier.classes[i]
+            if self.is_open[c]:
+                if frontier.values[i] < value:
+                    frontier.next = i
+                    return found
+                found.append(c)
+        frontier.next = len(frontier.classes)
+        return found
+
+    def _lengthen(self, frontier: _Frontier) -> None:
+        """Replace a row that was read to its end by a longer one, read from its start, since equals may change places.
+
+        What was read before is closed by now, or stands in a row of ties that will be looked at together with this one.
+        """
+        assert self.extend is not None, "only rows that can be extended stay in the heap when they are read"
+        assert frontier.source is not None, "a row of ties leaves the heap when it is read"
+        classes, scores = self.extend(frontier.source, min(4 * len(frontier.classes), len(self.graph.own)))
+        frontier.classes, frontier.values = classes.tolist(), self._weigh(frontier.source, scores)
+        frontier.next = 0

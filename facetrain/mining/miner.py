@@ -12,9 +12,10 @@ from facetrain.data.decode import decode_face
 from facetrain.data.shards import ShardSet
 from facetrain.embed import embed_images
 from facetrain.mining.embedding_table import EmbeddingTable
-from facetrain.mining.gathered import MinedRound, MiningSchedule, mine_round
+from facetrain.mining.gathered import mine_round
 from facetrain.mining.mode import choose_mode
 from facetrain.mining.quota import mine_quota_round
+from facetrain.mining.round import MinedRound, MiningSchedule
 from facetrain.mining.table import mine_table_round
 from facetrain.world import World
 
@@ -95,5 +96,5 @@ class Miner:
         return embed_images(backbone, decode, len(image_idx), world=world, precision=self.config.train.precision)
 
 
-_PARTS = ("embed", "graph", "greedy")
+_PARTS = ("embed", "graph", "search", "exchange")
 """Parts of a round whose seconds are logged, where it has them."""

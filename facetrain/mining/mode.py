@@ -18,7 +18,7 @@ class MiningMode:
     reason: str
     """Why, in one line."""
     round_steps: float
-    """Predicted cost of a round's embeddings, in training steps: C e / (6 N) for C candidates of e = 2 images each and
+    """Predicted cost of a round's embeddings, in training steps: C e / (6 N) for C candidates of e images each and
     steps of 2 N images, forward and backward being three forward passes. 0 for the table, which embeds nothing."""
     cost: str
     """The same in words."""
@@ -47,7 +47,7 @@ def choose_mode(config: MiningConfig, *, num_identities: int, num_pairs: int) ->
             f" to renew {min(renewed, 1.0):.0%} of the identities"
         )
         return MiningMode(name=name, reason=reason, round_steps=0.0, cost=cost)
-    round_steps = 2 * min(config.candidates, num_identities) / (6 * num_pairs)
+    round_steps = config.images_per_class * min(config.candidates, num_identities) / (6 * num_pairs)
     cost = (
         f"a round embeds for as long as {round_steps:.1f} training steps,"
         f" {round_steps / config.batches_per_round:.2f} for each of its {config.batches_per_round} batches"

@@ -1,38 +1,43 @@
 """Table mining, for millions of identities: batches mined from the training embeddings of the last steps.
 
 No image is embedded for it. Dims: I trained identities, F of them with a fresh entry in the table, B batches of a
-round, N identities of a batch.
+round, N identities of a batch, D embedding width.
 """
 
 import logging
-import math
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from facetrain.config import MiningConfig
-from facetrain.losses.npair import npair_mc_rows
-from facetrain.mining.best_first import NeighbourGraph, best_first_classes
+from facetrain.mining.approximate import approximate_graph
+from facetrain.mining.best_first import Extend, NeighbourGraph, best_first_classes
 from facetrain.mining.embedding_table import EmbeddingTable
-from facetrain.mining.gathered import MinedRound, _generator, mean_overlap
-from facetrain.mining.graph import build_graph
+from facetrain.mining.lists import limit_appearances
+from facetrain.mining.neighbours import neighbour_graph
+from facetrain.mining.round import (
+    MinedBatch,
+    MinedRound,
+    hardness_stats,
+    list_stats,
+    mine_over_ranks,
+    npair_loss,
+    num_random_classes,
+    round_generator,
+    subset_size,
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _MinedBatch:
-    """One batch as its rank mined it."""
+class _TableBatch(MinedBatch):
+    """A batch, and which rows of the table were mined for it, int64, without those that were drawn at random."""
 
-    identities: NDArray[np.int64]
     rows: NDArray[np.int64]
-    """Rows of the table that were mined, without those that were drawn at random."""
-    mean_violation: float
-    tie_share: float
 
 
 def mine_table_round(
@@ -40,17 +45,18 @@ def mine_table_round(
 ) -> MinedRound | None:
     """Mine the identity lists of a round's batches from the fresh entries of the table.
 
-    All batches share one graph of the fresh classes (`build_graph`); each walks its own random part of it
-    (`mining.candidates_per_batch`), greedily, along edges alone: a class that is nobody's neighbour among the K is
-    found by chance only, so that this is an approximation even where the graph's rows are exact. Batch b is
-    seeded by (seed, round, b) and mined by rank b mod W, then the lists are exchanged: for the same embeddings they
-    are the same for any W. Every rank must call this at the same step.
+    All batches share one graph of the fresh classes; each takes greedily from its own random part of it
+    (`mining.candidates_per_batch`). Up to `mining.table_exact_limit` classes that is the selection of
+    `greedy_classes`, exactly. Beyond, the graph is approximate, and so is the walk: where all its edges lead to classes
+    that are taken it goes on from a random one. Batch b is seeded by (seed, round, b) and mined by rank b mod W, then
+    the lists are exchanged: for the same embeddings they are the same for any W. Every rank must call this at the same
+    step.
 
-    Classes without a fresh entry can't be mined, and only training refreshes them. So up to `table_refresh_share` of
-    each batch is drawn from them, besides the random share.
+    Classes without a fresh entry can't be mined, and only training refreshes them. So up to
+    `mining.table_refresh_share` of each batch is drawn from them, besides the random share.
 
     The stats are those of `gathered.mine_round`, but for `mining/fresh_share` (F / I), `mining/recall` of the graph,
-    `mining/graph_s` in place of `mining/embed_s`, and the losses: they are those of the round's first batch.
+    no `mining/embed_s`, and the losses: they are those of the round's first batch.
 
     Args:
         round_index: Counts the rounds of a run from 0.
@@ -67,7 +73,7 @@ def mine_table_round(
     Raises:
         ValueError: An embedding isn't finite.
     """
-    world, num_identities = table.world, len(table.identities)
+    num_identities = len(table.identities)
     rows_F = table.fresh_rows(step, config.table_max_age_steps)
     fewest = min(2 * num_pairs, num_identities)
     if len(rows_F) < fewest:
@@ -77,41 +83,51 @@ def mine_table_round(
         )
         return None
     started_at = time.perf_counter()
-    graph, recall = build_graph(
-        table,
-        rows_F,
-        num_neighbours=config.table_neighbours,
-        exact_limit=config.table_exact_limit,
-        probes=config.table_probes,
-        generator=_generator(seed, round_index, 0),
+    graph, extend, recall = _graph(table, rows_F, config, round_generator(seed, round_index, 0))
+    graph_s = time.perf_counter() - started_at
+    batches, seconds = mine_over_ranks(
+        lambda b: _mine_batch(
+            round_generator(seed, round_index, 1 + b), config, num_pairs, graph, extend, rows_F, table.identities
+        ),
+        config.batches_per_round,
+        table.world,
     )
-    graphed_at = time.perf_counter()
-    own = {
-        b: _mine_batch(_generator(seed, round_index, 1 + b), config, num_pairs, graph, rows_F, table)
-        for b in range(world.rank, config.batches_per_round, world.world_size)
-    }
-    mined_at = time.perf_counter()
-    # Over all ranks; each ends with the batches of all. What was exchanged is the truth: no rank mines a batch again.
-    batches = dict(pair for part in world.all_gather_object(own) for pair in part.items())
-    exchanged_at = time.perf_counter()
-
-    in_order = [batches[b] for b in range(config.batches_per_round)]
-    identities_BN = np.stack([batch.identities for batch in in_order])
+    lists_BN = np.stack([batch.identities for batch in batches])
+    generator = round_generator(seed, round_index, 1 + config.batches_per_round)
+    if config.max_appearances is not None:
+        lists_BN = limit_appearances(lists_BN, config.max_appearances, table.identities, generator)
     stats = {
         "mining/round": float(round_index),
         "mining/candidates": float(len(rows_F)),
         "mining/fresh_share": len(rows_F) / num_identities,
         "mining/recall": recall,
-        "mining/graph_s": graphed_at - started_at,
-        "mining/greedy_s": mined_at - graphed_at,
-        "mining/exchange_s": exchanged_at - mined_at,
-        "mining/violation": float(np.mean([batch.mean_violation for batch in in_order])),
-        "mining/tie_share": float(np.mean([batch.tie_share for batch in in_order])),
-        "mining/overlap": mean_overlap(identities_BN),
+        "mining/graph_s": graph_s,
     }
-    generator = _generator(seed, round_index, 1 + config.batches_per_round)
-    random_rows = generator.choice(rows_F, len(in_order[0].rows), replace=False)
-    return MinedRound(identities_BN, stats | _hardness(table, in_order[0].rows, random_rows))
+    mined = batches[0].rows
+    losses = (_npair_loss(table, rows) for rows in (mined, generator.choice(rows_F, len(mined), replace=False)))
+    return MinedRound(lists_BN, stats | seconds | list_stats(batches, lists_BN) | hardness_stats(*losses))
+
+
+def _graph(
+    table: EmbeddingTable, rows_F: NDArray[np.int64], config: MiningConfig, generator: np.random.Generator
+) -> tuple[NeighbourGraph, Extend | None, float]:
+    """Return the graph over rows of the table, what extends its rows if it is exact, and its recall."""
+    num_neighbours, cap = config.table_neighbours, config.similarity_cap
+    if len(rows_F) > config.table_exact_limit:
+        graph, recall = approximate_graph(
+            table,
+            rows_F,
+            num_neighbours=num_neighbours,
+            probes=config.table_probes,
+            similarity_cap=cap,
+            generator=generator,
+        )
+        return graph, None, recall
+    anchors_FD, positives_FD = table.lookup(rows_F)  # over all ranks, each of which then has all
+    if not (anchors_FD.isfinite().all() and positives_FD.isfinite().all()):
+        raise ValueError("mining table: expected finite embeddings, got NaN or infinity")
+    exact = neighbour_graph(anchors_FD, positives_FD, table.world, num_neighbours=num_neighbours, similarity_cap=cap)
+    return *exact, 1.0
 
 
 def _mine_batch(
@@ -119,46 +135,38 @@ def _mine_batch(
     config: MiningConfig,
     num_pairs: int,
     graph: NeighbourGraph,
+    extend: Extend | None,
     rows_F: NDArray[np.int64],
-    table: EmbeddingTable,
-) -> _MinedBatch:
-    is_open_I = np.ones(len(table.identities), dtype=np.bool_)
+    identities: NDArray[np.int64],
+) -> _TableBatch:
+    is_open_I = np.ones(len(identities), dtype=np.bool_)
     is_open_I[rows_F] = False
     stale = np.flatnonzero(is_open_I)
     num_refreshed = min(round(config.table_refresh_share * num_pairs), len(stale))
-    num_random = min(round(config.random_share * num_pairs), num_pairs - num_refreshed - 1)
+    num_random = num_random_classes(config, num_pairs - num_refreshed)
     num_mined = num_pairs - num_refreshed - num_random
 
     # Each batch walks a part of its own: on the whole graph, walks would end in the same few hard classes.
-    size = min(len(rows_F), max(num_mined, math.ceil(config.candidates_per_batch * len(rows_F))))
+    size = subset_size(config, num_mined, len(rows_F))
     subset = np.sort(generator.choice(len(rows_F), size, replace=False))
     found = best_first_classes(
-        graph, num_mined, generator, hinge=config.hinge, margin=config.margin, extend=None, subset=subset
+        graph, num_mined, generator, hinge=config.hinge, margin=config.margin, extend=extend, subset=subset
     )
     mined = rows_F[found.order]
     refreshed = generator.choice(stale, num_refreshed, replace=False)
     is_open_I[:] = True
     is_open_I[mined] = is_open_I[refreshed] = False
     random = generator.choice(np.flatnonzero(is_open_I), num_random, replace=False)
-    return _MinedBatch(
+    return _TableBatch(
         # Shuffled, because ranks take slices of the list: random classes and late finds go to all of them.
-        identities=table.identities[generator.permutation(np.concatenate([mined, refreshed, random]))],
-        rows=mined,
-        mean_violation=float(found.violations[1:].mean()) if num_mined > 1 else 0.0,
+        identities=identities[generator.permutation(np.concatenate([mined, refreshed, random]))],
+        mean_violation=found.mean_violation,
         tie_share=found.ties / max(1, num_mined - 1),
+        filler_share=found.fillers / max(1, num_mined - 1),
+        rows=mined,
     )
 
 
-def _hardness(table: EmbeddingTable, mined: NDArray[np.int64], random: NDArray[np.int64]) -> dict[str, float]:
-    """Return the N-pair loss of mined and of random classes on the table's entries; every rank must call it."""
-    loss_mined, loss_random = (_npair_loss(*table.lookup(rows)) for rows in (mined, random))
-    return {
-        "mining/loss_mined": loss_mined,
-        "mining/loss_random": loss_random,
-        "mining/hardness": loss_mined - loss_random,
-    }
-
-
-def _npair_loss(anchors_ND: Tensor, positives_ND: Tensor) -> float:
-    labels_N = torch.arange(len(anchors_ND), device=anchors_ND.device)
-    return float(npair_mc_rows(anchors_ND, positives_ND, positives_ND, labels_N, labels_N).mean())
+def _npair_loss(table: EmbeddingTable, rows: NDArray[np.int64]) -> float:
+    """Return the N-pair loss of some classes on the table's entries; every rank must call it."""
+    return npair_loss(torch.stack(table.lookup(rows)), np.arange(len(rows)))

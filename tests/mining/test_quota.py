@@ -10,9 +10,9 @@ from mining.test_gathered import NUM_IDENTITIES, clustered_faces, identity_of, t
 from torch import Tensor
 
 from facetrain.config import MiningConfig
-from facetrain.mining.gathered import MinedRound
 from facetrain.mining.greedy import greedy_classes
 from facetrain.mining.quota import mine_quota_round, spread_identities
+from facetrain.mining.round import MinedRound
 from facetrain.world import World
 
 IDENTITIES = np.arange(5, NUM_IDENTITIES, dtype=np.int64)

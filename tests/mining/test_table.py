@@ -9,9 +9,10 @@ from distributed.ranks import run_ranks
 from torch import Tensor
 
 from facetrain.config import MiningConfig
-from facetrain.mining.best_first import NeighbourGraph, best_first_classes
+from facetrain.mining.approximate import approximate_graph
 from facetrain.mining.embedding_table import EmbeddingTable
-from facetrain.mining.graph import build_graph
+from facetrain.mining.greedy import greedy_classes
+from facetrain.mining.round import round_generator
 from facetrain.mining.table import mine_table_round
 from facetrain.world import World
 
@@ -99,46 +100,56 @@ def test_lists_are_equal_for_any_number_of_ranks_exact_or_not() -> None:
             assert ranks_rounds == alone
 
 
-def test_graph_holds_the_nearest_classes_of_the_written_out_products() -> None:
-    table = trained_table(World(), dtype=torch.float32)
-    rows = table.fresh_rows(30, 30)
-    graph, recall = build_graph(
-        table, rows, num_neighbours=9, exact_limit=120, probes=1, generator=np.random.default_rng(0)
+def test_up_to_the_limit_a_batch_is_that_of_greedy_selection() -> None:
+    table = trained_table(World())
+    config = MiningConfig(
+        mode="table", batches_per_round=1, table_refresh_share=0, candidates_per_batch=1, table_neighbours=3
     )
-    anchors, positives = (x.double() for x in table.own(rows))
-    products = (anchors @ positives.T).numpy()
-    assert recall == 1
-    assert np.allclose(graph.own, np.diag(products), atol=1e-4)
-    np.fill_diagonal(products, -np.inf)
-    expected = np.argsort(-products, axis=1)[:, :9]
-    assert np.array_equal(graph.neighbours, expected)
-    assert np.allclose(graph.scores, np.take_along_axis(products, expected, axis=1), atol=1e-4)
+    mined = mine_table_round(0, 30, config, num_pairs=40, table=table, seed=1)
+    assert mined is not None
+    rows = table.fresh_rows(30, 2000)
+    generator = round_generator(1, 0, 1)
+    generator.choice(len(rows), len(rows), replace=False)  # the part of the graph, here all of it
+    found = greedy_classes(*table.own(rows), 40, generator)
+    assert set(mined.identities_BN[0]) == set(IDENTITIES[rows[found.order]])
+    assert mined.stats["mining/violation"] == found.mean_violation
 
 
 def test_approximate_graph_states_the_share_of_true_neighbours_that_it_has() -> None:
-    table = trained_table(World(), dtype=torch.float32)
+    table = trained_table(World(), dtype=torch.bfloat16)
     rows = table.fresh_rows(30, 30)
-
-    def graph_of(probes: int, exact_limit: int = 1) -> tuple[NeighbourGraph, float]:
-        return build_graph(
+    anchors, positives = (x.double() for x in table.own(rows))
+    products = (anchors @ positives.T).numpy()
+    own = np.diag(products).copy()
+    np.fill_diagonal(products, -np.inf)
+    true = np.argsort(-products, axis=1)[:, :9]
+    recalls = []
+    for probes in (1, 4, 1000):
+        graph, recall = approximate_graph(
             table,
             rows,
             num_neighbours=9,
-            exact_limit=exact_limit,
             probes=probes,
+            similarity_cap=0.98,
             generator=np.random.default_rng(0),
         )
-
-    true = graph_of(1, exact_limit=200)[0]
-    recalls = []
-    for probes in (1, 4, 1000):
-        graph, recall = graph_of(probes)
-        hits = [np.isin(t, f).mean() for t, f in zip(true.neighbours, graph.neighbours, strict=True)]
+        hits = [np.isin(t, found).mean() for t, found in zip(true, graph.neighbours, strict=True)]
         assert recall == pytest.approx(np.mean(hits))  # the sample is all classes here
-        assert (graph.scores[:, :-1] >= graph.scores[:, 1:]).all()
         recalls.append(recall)
+        assert np.allclose(graph.own, own, atol=1e-4)
+        found = graph.neighbours != np.arange(len(rows))[:, None]
+        assert np.allclose(
+            graph.scores[found], np.take_along_axis(products, graph.neighbours, axis=1)[found], atol=1e-4
+        )
+        assert (graph.scores[:, :-1] >= graph.scores[:, 1:]).all()
     assert recalls[0] < recalls[1] < recalls[2]
-    assert recalls[2] > 0.99  # all clusters: what is left is the rounding to bfloat16
+    assert recalls[2] == 1  # all clusters, and the table's bfloat16 is kept as it is
+
+    cosines = products / np.linalg.norm(anchors, axis=1)[:, None] / np.linalg.norm(positives, axis=1)
+    for s, neighbours in enumerate(graph.neighbours):
+        expected = [c for c in neighbours.tolist() if cosines[s, c] > 0.98]
+        assert sorted(graph.capped.get(s, np.empty(0)).tolist()) == sorted(expected)
+    assert graph.capped
 
 
 def test_one_step_alone_is_worth_what_was_seen_in_it() -> None:
@@ -183,11 +194,3 @@ def test_broken_embeddings_are_named() -> None:
     table.observe(0, torch.from_numpy(IDENTITIES), torch.full((2, 120, 4), torch.nan))
     with pytest.raises(ValueError, match="mining table: expected finite embeddings, got NaN"):
         mine_table_round(0, 1, CONFIG, num_pairs=8, table=table, seed=0)
-
-
-def test_walk_goes_on_from_a_random_class_where_all_edges_lead_to_taken_ones() -> None:
-    pairs = np.array([[1], [0], [3], [2]], dtype=np.int32)
-    graph = NeighbourGraph(pairs, np.ones((4, 1), dtype=np.float32), np.zeros(4, dtype=np.float32))
-    order = best_first_classes(graph, 4, np.random.default_rng(0), extend=None).order.tolist()
-    assert sorted(order) == [0, 1, 2, 3]
-    assert order[1] == pairs[order[0], 0]
