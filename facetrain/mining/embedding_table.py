@@ -14,8 +14,8 @@ from torch import Tensor
 from facetrain.world import World
 
 BLOCK_ROWS = 1024
-"""Rows that stay together: ranks own whole blocks, and products are made block by block, so that they are the same
-whatever the number of ranks."""
+"""Rows that stay together: ranks own whole blocks, and a search takes a block at a time, so that its results are the
+same whatever the number of ranks."""
 
 _NEVER = -(1 << 31)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from facetrain.config import Config, MiningConfig
+from facetrain.mining.lists import check_appearances
 from facetrain.search import has_faiss
 
 GATHERED_LIMIT = 100_000
@@ -59,17 +60,23 @@ def check_mode(config: Config, *, num_identities: int, world_size: int) -> None:
     """Refuse what the chosen mode can't do with these identities and ranks, before anything starts.
 
     Raises:
-        ValueError: Fewer candidates than pairs; for quota, virtual nodes that the ranks can't share evenly; for the
-            table, more identities than are searched exactly, without FAISS.
+        ValueError: Fewer candidates than pairs, or too few identities for `mining.max_appearances`; for quota, virtual
+            nodes that the ranks can't share evenly; for the table, more identities than are searched exactly, without
+            FAISS.
     """
     mining, num_pairs = config.mining, config.train.global_pairs
     mode = choose_mode(mining, num_identities=num_identities, num_pairs=num_pairs).name
+    if mode == "off":
+        return
     candidates = min(mining.candidates, num_identities)
     if mode in ("gathered", "quota") and candidates < num_pairs:
         raise ValueError(
             f"mining.candidates: expected at least train.global_pairs = {num_pairs} classes to choose from, got"
             f" {candidates} (mining.candidates = {mining.candidates}, {num_identities} trained identities)"
         )
+    if mining.max_appearances is not None:
+        parts = mining.virtual_nodes if mode == "quota" else 1
+        check_appearances(mining.max_appearances, mining.batches_per_round, num_pairs // parts, num_identities // parts)
     if mode == "quota" and mining.virtual_nodes % world_size:
         raise ValueError(
             f"mining.virtual_nodes: expected a multiple of the {world_size} processes, got {mining.virtual_nodes}"

@@ -36,6 +36,8 @@ def test_what_a_mode_cannot_do_is_refused_by_its_key(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"mining\.virtual_nodes: expected a multiple of the 3 processes, got 8"):
         check_mode(config_of(mode="quota"), num_identities=900, world_size=3)
     check_mode(config_of(mode="quota"), num_identities=900, world_size=4)
+    with pytest.raises(ValueError, match=r"mining\.max_appearances: expected at least 32, so that 320 trained"):
+        check_mode(config_of(mode="table", max_appearances=3), num_identities=320, world_size=1)
     monkeypatch.setitem(sys.modules, "faiss", None)  # as where it isn't installed
     check_mode(config_of(mode="table"), num_identities=200_000, world_size=3)
     with pytest.raises(
