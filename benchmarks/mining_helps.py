@@ -1,7 +1,7 @@
-"""Does mining help? The same number of training images with random, mined, and capped and mixed mined classes.
+r"""Does mining help? The same number of training images with random, mined, and capped and mixed mined classes.
 
-    OMP_NUM_THREADS=1 python benchmarks/mining_helps.py --shards shards/faces \\
-        --lfw-images lfw_aligned-00.tar lfw_aligned-01.tar --pairs pairs.txt --open-set-people people.txt \\
+    OMP_NUM_THREADS=1 python benchmarks/mining_helps.py --shards shards/faces \
+        --lfw-images lfw_aligned-00.tar lfw_aligned-01.tar --pairs pairs.txt --open-set-people people.txt \
         --out mining_helps.jsonl --work runs/mining_helps
 
 Each run is a process of its own, by torchrun, from configs/faces_cpu.yaml. A finished run appends a line to `--out`:
