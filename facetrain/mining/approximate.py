@@ -101,11 +101,11 @@ def _own_rows(
         anchors_qD, positives_qD = table.own(rows_F[piece])
         self_q1 = torch.arange(piece.start, piece.stop, device=device)[:, None]
         score_qK, found_qK = index.top_k(anchors_qD, num_neighbours + 1, probes=probes)
-        # The class itself goes, and so does the last where it wasn't found; what is missing leads back to the class.
+        # The class itself goes, and so does the last where it wasn't found.
         score_qK, order_qK = score_qK.masked_fill((found_qK == self_q1) | (found_qK < 0), -torch.inf).sort(
             dim=1, descending=True
         )
-        found_qK = torch.where(score_qK.isneginf(), self_q1, found_qK.gather(1, order_qK))
+        found_qK = found_qK.gather(1, order_qK).masked_fill(score_qK.isneginf(), -1)
         neighbours.append(found_qK[:, :num_neighbours].int())
         scores.append(score_qK[:, :num_neighbours])
         own.append((anchors_qD * positives_qD).sum(dim=1))

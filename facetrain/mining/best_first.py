@@ -28,7 +28,8 @@ class NeighbourGraph:
     """For each class, those that are hardest against it."""
 
     neighbours: NDArray[np.int32]
-    """int32 [C, K]; row s holds the classes c of largest <a_s, p_c>, s itself among them if its score says so."""
+    """int32 [C, K]; row s holds the classes c of largest <a_s, p_c>, s itself among them if its score says so. Where an
+    approximate search found fewer, -1 fills the row."""
     scores: NDArray[np.float32]
     """float32 [C, K]; <a_s, p_c> of each neighbour, falling along a row."""
     own: NDArray[np.float32]
@@ -130,8 +131,10 @@ class _Search:
     def select(self, s: int) -> None:
         """Close a class and let its edges in."""
         self._close([s, *self.graph.capped.get(s, ())])
-        classes, values = self.graph.neighbours[s].tolist(), self._weigh(s, self.graph.scores[s])
-        self._push(_Frontier(s, classes, values))
+        found = self.graph.neighbours[s]
+        found = found if found[-1] >= 0 else found[found >= 0]
+        if len(found):
+            self._push(_Frontier(s, found.tolist(), self._weigh(s, self.graph.scores[s, : len(found)])))
 
     def hardest(self) -> tuple[float, list[int]]:
         """Return the largest score of an open class, and all classes that have it, rising; none if edges ran out."""

@@ -8,6 +8,8 @@ first: float64 then holds every product and every partial sum exactly, and no or
 Dims: C candidate classes, D embedding width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,9 @@ def on_grid(embeddings_CD: Tensor) -> Tensor:
         float64 [C, D], on the same device.
     """
     exact_CD = embeddings_CD.double()
-    longest = torch.linalg.vector_norm(exact_CD, dim=1).max()
-    exponent = torch.frexp(longest).exponent - GRID_BITS
-    rounded_CD = torch.ldexp(torch.ldexp(exact_CD, -exponent).round_(), exponent)
+    longest = float(torch.linalg.vector_norm(exact_CD, dim=1).max())
+    unit = math.ldexp(1.0, math.frexp(longest)[1] - GRID_BITS)
+    rounded_CD = (exact_CD / unit).round_().mul_(unit)
     return exact_CD if torch.equal(rounded_CD, exact_CD) else rounded_CD
 
 

@@ -143,6 +143,19 @@ def test_an_approximate_graph_goes_on_with_random_classes_and_counts_them() -> N
     assert best_first_classes(graph, 4, np.random.default_rng(0), extend=None, subset=np.arange(4)).fillers == 1
 
 
+def test_rows_of_an_approximate_graph_may_be_short_or_empty() -> None:
+    neighbours = np.array([[1, 2], [-1, -1], [0, -1], [3, 0]], dtype=np.int32)
+    scores = np.array([[5, 4], [-np.inf, -np.inf], [3, -np.inf], [7, 6]], dtype=np.float32)
+    graph = NeighbourGraph(neighbours, scores, np.full(4, 2, dtype=np.float32))
+    found = {}
+    for seed in range(40):
+        result = best_first_classes(graph, 4, np.random.default_rng(seed), extend=None)
+        found[tuple(result.order.tolist())] = (result.violations.tolist(), result.fillers)
+    assert found[0, 1, 2, 3] == ([0, 3, 2, 0], 1)
+    assert found[3, 0, 1, 2] == ([0, 4, 3, 2], 0)
+    assert found[1, 2, 0, 3] == ([0, 0, 1, 0], 2)
+
+
 def test_rows_are_extended_only_when_they_run_dry() -> None:
     anchors, positives = clustered(300, 24)
     graph, extend = neighbour_graph(anchors, positives, World(), num_neighbours=300)
