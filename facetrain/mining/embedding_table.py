@@ -75,7 +75,9 @@ class EmbeddingTable:
         rows_N = torch.where((rows_N >= 0) & (rows_N < len(self.rows)), rows_N, len(self.rows))
         self._anchors[rows_N] = embeddings_NVD[:, 0]
         self._positives[rows_N] = embeddings_NVD[:, 1]
-        self._refreshed_at[rows_N] = step
+        # Training reports broken embeddings by itself; here they are no entries, so that a search needn't look out.
+        is_finite_N = embeddings_NVD.isfinite().flatten(1).all(dim=1)
+        self._refreshed_at[rows_N] = torch.where(is_finite_N, step, _NEVER).int()
 
     def fresh_rows(self, step: int, max_age_steps: int) -> NDArray[np.int64]:
         """Return the rows that were observed in the last `max_age_steps` steps before `step`, int64 [F], ascending.
