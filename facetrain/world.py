@@ -58,7 +58,7 @@ class World:
         counts = [int(c) for c in self.all_gather(torch.tensor([x_local.shape[0]], device=x_local.device)).tolist()]
         padded = x_local.new_zeros(max(counts), *x_local.shape[1:])
         padded[: x_local.shape[0]] = x_local
-        blocks = self.all_gather(padded).split(max(counts))
+        blocks = self.all_gather(padded).unflatten(0, (self.world_size, max(counts)))
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     def all_gather_object(self, value: ObjectT) -> list[ObjectT]:

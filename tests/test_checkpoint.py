@@ -38,6 +38,10 @@ def config_of(optimizer, zero_stage):
     )
 
 
+TABLE = {"anchors": torch.arange(22.0).view(11, 2).bfloat16(), "refreshed_at": torch.arange(11, dtype=torch.int32)}
+TABLE_ROWS = {"sgd": ((0, 6), (6, 11)), "adamw": ((0, 11), (11, 11))}  # of a mining table, by rank
+
+
 def save_and_go_on(world, folder):
     """Per optimizer: two steps, a checkpoint, two more steps; returns the final weights."""
     final = {}
@@ -47,7 +51,9 @@ def save_and_go_on(world, folder):
         train(engine, range(2))
         mined = {7: np.arange(4), 8: np.arange(4)[::-1].copy()}
         state = TrainState(step=2, draws=np.arange(5), mined=mined, best_accuracy=0.5, best_step=1)
-        save_checkpoint(folder / optimizer, engine, state, config, world)
+        first, last = TABLE_ROWS[optimizer][world.rank]
+        table_rows = {"first_row": torch.tensor([first])} | {name: rows[first:last] for name, rows in TABLE.items()}
+        save_checkpoint(folder / optimizer, engine, state, config, world, table_rows=table_rows)
         train(engine, range(2, 4))
         final[optimizer] = [p.detach().numpy() for p in engine.backbone.parameters()]
     return final
@@ -78,6 +84,23 @@ def test_a_checkpoint_of_two_ranks_at_zero_2_goes_on_anywhere(tmp_path):
     assert (state.step, state.best_accuracy, state.best_step) == (2, 0.5, 1)
     assert {step: ids.tolist() for step, ids in state.mined.items()} == {7: [0, 1, 2, 3], 8: [3, 2, 1, 0]}
     assert state.draws.tolist() == [0, 1, 2, 3, 4]
+    check_table_rows(tmp_path)
+
+
+def check_table_rows(run_dirs):
+    folders = {optimizer: run_dirs / optimizer / "checkpoints" / "step-00000002" for optimizer in TABLE_ROWS}
+    for folder in folders.values():
+        for rows in (range(11), range(6), range(4, 9), range(9, 11), range(5, 5), range(11, 11)):
+            found = load_table_rows(folder, rows)
+            assert found.keys() == TABLE.keys()
+            assert all(torch.equal(found[name], TABLE[name][rows.start : rows.stop]) for name in TABLE)
+
+    (folders["adamw"] / "mining_table-00000.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"mining_table-00000\.safetensors: damaged"):
+        load_table_rows(folders["adamw"], range(11))
+    (folders["sgd"] / "mining_table-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"step-00000002: not a whole checkpoint \(5 of 11 rows of the mining table"):
+        load_table_rows(folders["sgd"], range(11))
 
 
 def save_many(world, folder):
@@ -103,31 +126,3 @@ def test_the_newest_and_the_best_are_kept_and_leftovers_are_ignored(tmp_path):
     (newest / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="step-00000004: expected a run folder"):
         load_backbone(newest)
-
-
-ROWS = {"anchors": torch.arange(22.0).view(11, 2).bfloat16(), "refreshed_at": torch.arange(11, dtype=torch.int32)}
-
-
-def save_table(world, folder):
-    config = config_of("sgd", 0)
-    state = TrainState(step=1, draws=np.zeros(1, dtype=np.int64))
-    first, last = ((0, 6), (6, 6), (6, 11))[world.rank]  # the middle rank owns nothing
-    table_rows = {"first_row": torch.tensor([first])} | {name: rows[first:last] for name, rows in ROWS.items()}
-    save_checkpoint(folder, make_engine(world, config), state, config, world, table_rows=table_rows)
-
-
-def test_the_rows_of_a_mining_table_are_read_by_any_number_of_ranks(tmp_path):
-    run_ranks(save_table, 3, tmp_path)
-    folder = tmp_path / "checkpoints" / "step-00000001"
-    for rows in (range(11), range(6), range(4, 9), range(9, 11), range(5, 5)):
-        found = load_table_rows(folder, rows)
-        for name in found:
-            assert torch.equal(found[name], ROWS[name][rows.start : rows.stop])
-        assert len(found) == 2
-
-    (folder / "mining_table-00002.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"mining_table-00002\.safetensors: damaged"):
-        load_table_rows(folder, range(11))
-    (folder / "mining_table-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"step-00000001: not a whole checkpoint \(5 of 11 rows of the mining table"):
-        load_table_rows(folder, range(11))

@@ -31,6 +31,7 @@ def collectives(world):
     return {
         "even": world.all_gather(torch.tensor([rank])).tolist(),
         "uneven": world.all_gather_uneven(own)[:, 0].tolist(),
+        "nothing": list(world.all_gather_uneven(own[:0]).shape),
         "objects": world.all_gather_object({"rank": rank}),
         "broadcast": world.broadcast_object(f"from {rank}"),
         "mean": world.all_reduce_mean_(torch.tensor([float(rank)])).item(),
@@ -46,6 +47,7 @@ def test_every_rank_ends_with_the_same_values():
     for rank, result in enumerate(results):
         assert result["even"] == [0, 1, 2]
         assert result["uneven"] == [1.0, 2.0, 2.0]
+        assert result["nothing"] == [0, 2]
         assert result["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert result["broadcast"] == "from 0"
         assert result["mean"] == 1.0
