@@ -197,8 +197,8 @@ class TrainConfig:
     """Largest norm of the averaged gradient of the whole objective; 0 is no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast forward; weights, statistics, loss and optimizer stay float32."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are sharded over the ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too are sharded over the ranks."""
     log_every_steps: int = 20
     """Steps between log lines and metrics."""
     save_every_steps: int = 500

@@ -55,30 +55,18 @@ class Differentiable(Protocol):
         """Add the gradient of a loss; `last` ends the step's accumulation."""
 
 
-def train_step(
-    engine: Engine,
-    loss: NPairLoss,
-    batch: PairBatch,
-    *,
-    learning_rate: float,
-    micro_pairs: int | None = None,
-    overlap: bool = False,
-) -> StepStats:
+def train_step(engine: Engine, loss: NPairLoss, batch: PairBatch, *, learning_rate: float) -> StepStats:
     """Update the network by one global batch, of which this rank holds n pairs.
 
-    Args:
-        engine: Made for as many chunks as n / micro_pairs.
-        loss: The objective over all ranks.
-        batch: n pairs.
-        learning_rate: Of this step.
-        micro_pairs: m, a divisor of n: pairs of a forward; None is all of them.
-        overlap: Exchange positives while anchors are embedded, where a step is one forward anyway.
+    `train.micro_pairs` and `train.overlap` say how the gradient is computed, which is the same either way.
     """
-    if micro_pairs in (None, len(batch.labels_n)):
-        backward = backward_overlapped if overlap else backward_at_once
-        value, embeddings_VnD = backward(engine, loss, batch)
-    else:
+    micro_pairs = engine.config.micro_pairs or len(batch.labels_n)
+    if micro_pairs < len(batch.labels_n):
         value, embeddings_VnD = backward_in_chunks(engine, engine.backbone, loss, batch, micro_pairs)
+    elif engine.config.overlap:
+        value, embeddings_VnD = backward_overlapped(engine, loss, batch)
+    else:
+        value, embeddings_VnD = backward_at_once(engine, loss, batch)
     grad_norm = engine.step(learning_rate)
     return StepStats(
         loss=value.total.detach(),

@@ -39,6 +39,7 @@ from facetrain.mining.miner import Miner
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
+from facetrain.stop import StopRequest
 from facetrain.tracking import Tracker
 from facetrain.world import World, start_world
 
@@ -131,9 +132,12 @@ class Run:
             if self.config.eval.at_start and self.state.step == 0:
                 self._report(self.judge.judge(self.engine.backbone, self.world))
             self._loop()
-            self._finish()
+            if self.state.step < self.config.train.steps:
+                self.tracker.finish(status="KILLED")
+            else:
+                self._finish()
         except BaseException:
-            self.tracker.finish(failed=True)
+            self.tracker.finish(status="FAILED")
             raise
 
     def _loop(self) -> None:
@@ -149,21 +153,18 @@ class Run:
             last_step=config.train.steps,
             pin_memory=self.world.device.type == "cuda",
         )
-        with loader:
+        with loader, StopRequest(self.world) as stop:
             while state.step < config.train.steps:
+                if stop.is_due():  # the same answer on all ranks
+                    self._save()
+                    log.info(f"stopped at step {state.step} on request; the same command goes on from there")
+                    return
                 self._mine_if_due()
                 batch = next(loader).to(self.world.device)
                 waited_s += loader.wait_s
                 self._seed_random_layers()
                 rate = learning_rate_at(state.step, config.train)
-                stats = train_step(
-                    self.engine,
-                    self.loss,
-                    batch,
-                    learning_rate=rate,
-                    micro_pairs=config.train.micro_pairs,
-                    overlap=config.train.overlap,
-                )
+                stats = train_step(self.engine, self.loss, batch, learning_rate=rate)
                 count_draws(state.draws, self.plan.step(state.step))
                 state.step += 1
                 self.finite.observe(state.step, stats)
@@ -289,8 +290,9 @@ class Run:
         self._save()
         judgement = self.judge.judge(self.engine.backbone, self.world, progress=True)
         self._log_judgement(judgement)
+        weights = self.engine.weights()  # over all ranks
         if self.world.is_main:
-            save_weights(self.engine.backbone, self.config, path)
+            save_weights(weights, self.config, path)
             if judgement.evaluation is not None:
                 sys.stdout.write(format_table(judgement.evaluation))
                 save_figures(judgement.evaluation, path / "figures")

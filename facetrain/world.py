@@ -101,6 +101,21 @@ class World:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
+    def start_any(self, value: bool) -> Callable[[], bool]:
+        """Start to ask whether any rank says true; the returned function waits for the answer, and may be called again.
+
+        Over all ranks, between CPUs: it doesn't wait for a device, and other work may go on meanwhile.
+        """
+        flag = torch.tensor([value], dtype=torch.uint8)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
+
+        def answer() -> bool:
+            if work is not None:
+                work.wait()
+            return bool(flag)
+
+        return answer
+
     def limit_waiting(self) -> None:
         """Give every process group of this process the run's timeout.
 

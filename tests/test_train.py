@@ -107,6 +107,21 @@ def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_siz
     assert f"{cut} is finished" in finished
 
 
+def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(synthetic, tmp_path):
+    words = flags(synthetic, tmp_path / "run", train__steps=100_000, train__save_every_steps=100_000)
+    job = psutil.Popen(torchrun(2, *words), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    assert job.stderr is not None
+    for line in job.stderr:
+        if b"step     10/" in line:
+            job.children()[-1].terminate()
+            break
+    output = job.stderr.read().decode()
+    assert job.wait(timeout=60) == 0, output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"stopped at step {int(checkpoint.name.removeprefix('step-'))} on request" in output
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
 def test_ranks_without_batch_statistics_train_the_same_network(synthetic, tmp_path):
     more = {"model__norm": "none", "train__steps": 6, "mining__mode": "off", "data__workers": 0}
     more |= {
