@@ -15,7 +15,6 @@ from facetrain.config import Config, DataConfig, ModelConfig, TrainConfig
 from facetrain.engine import Engine
 from facetrain.models import build_backbone
 
-
 SAVED = [("sgd", 2), ("sgd", 3), ("adamw", 2), ("adamw", 3)]
 
 
