@@ -192,11 +192,12 @@ class GatherInFlight:
             self._begin = _GatherBegin.apply(x_local, self)
             self.gathered = x_local.new_empty(world_size * x_local.shape[0], *x_local.shape[1:])
             # Over all ranks: every rank ends with the rows of all.
-            self.work = dist.all_gather_into_tensor(self.gathered, x_local.detach().contiguous(), async_op=True)
+            self.work: Any = dist.all_gather_into_tensor(self.gathered, x_local.detach().contiguous(), async_op=True)
 
     def finish(self) -> Tensor:
         """Wait, and return the rows of all ranks in rank order, [W * rows, ...]; call it once."""
-        return self._begin if self.world_size == 1 else _GatherEnd.apply(self._begin, self)  # type: ignore[no-any-return]
+        rows: Tensor = self._begin if self.world_size == 1 else _GatherEnd.apply(self._begin, self)
+        return rows
 
 
 class _GatherBegin(torch.autograd.Function):
