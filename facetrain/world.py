@@ -65,7 +65,7 @@ class World:
         counts = [int(c) for c in self.all_gather(torch.tensor([x_local.shape[0]], device=x_local.device)).tolist()]
         padded = x_local.new_zeros(max(counts), *x_local.shape[1:])
         padded[: x_local.shape[0]] = x_local
-        blocks = self.all_gather(padded).split(max(counts))
+        blocks = self.all_gather(padded).unflatten(0, (self.world_size, max(counts)))
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     def all_gather_object(self, value: ObjectT) -> list[ObjectT]:
@@ -83,6 +83,12 @@ class World:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
+
+    def broadcast_(self, x: Tensor, source: int) -> Tensor:
+        """Overwrite x by that of rank `source`, of the same shape and type, in place, and return it."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=source)
+        return x
 
     def all_reduce_mean_(self, x: Tensor) -> Tensor:
         """Replace x by its mean over the ranks, in place, and return it."""
@@ -142,6 +148,21 @@ class World:
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
+
+    def on_all(self, function: Callable[[], None]) -> None:
+        """Call the function on every rank.
+
+        Raises:
+            Exception: What it raised on the lowest rank where it did, on every rank, so that all fail together.
+        """
+        error = None
+        try:
+            function()
+        except Exception as caught:
+            error = caught
+        errors = [e for e in self.all_gather_object(error) if e is not None]
+        if errors:
+            raise errors[0]
 
 
 @contextmanager
