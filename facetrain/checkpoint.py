@@ -20,7 +20,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from facetrain.command_line import config_yaml, load_config
 from facetrain.config import Config
@@ -57,7 +57,7 @@ def save_checkpoint(run_dir: Path, engine: Engine, state: TrainState, config: Co
     Rank 0 writes aside, flushes to disk and renames; then it removes checkpoints that are neither among the newest
     `train.keep_checkpoints` nor the best. Raises on every rank if rank 0 can't write.
     """
-    optimizer_state = engine.optimizer_state()  # over all ranks
+    weights, optimizer_state = engine.weights(), engine.optimizer_state()  # over all ranks
     final = checkpoint_folder(run_dir, state.step)
 
     def write() -> None:
@@ -66,7 +66,7 @@ def save_checkpoint(run_dir: Path, engine: Engine, state: TrainState, config: Co
         aside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_weights(engine.backbone, config, aside)
+        save_weights(weights, config, aside)
         save_tensors(optimizer_state, aside / "optimizer.safetensors")
         arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
         save_arrays(arrays, aside / "plan.safetensors")
@@ -118,9 +118,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def save_weights(backbone: nn.Module, config: Config, folder: Path) -> None:
+def save_weights(weights: dict[str, Tensor], config: Config, folder: Path) -> None:
     """Write `model.safetensors` and the config beside it, each by a rename."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     save_tensors(weights, folder / ".model.tmp")
     os.replace(folder / ".model.tmp", folder / "model.safetensors")
     save_config(config, folder)
