@@ -10,6 +10,7 @@ from facetrain.config import Config
 from facetrain.embed import BATCH_IMAGES
 from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.network import Network
+from facetrain.estimate.schedule import schedule_of
 
 Operation = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
@@ -65,7 +66,8 @@ def step_collectives(config: Config, network: Network, world_size: int) -> Itera
     if config.loss.symmetric:
         yield Collective("embeddings", "columns: maxima, then sums", "all-reduce", 4 * N, 2)
         yield Collective("embeddings", "gradient of columns", "all-gather", 4 * N, 1)
-    yield Collective("embeddings", f"gradient of {side}", "reduce-scatter", 4 * N * D, 1)
+    reduced_bytes = {"float32": 4, "bfloat16": 2}[config.loss.reduce_precision]
+    yield Collective("embeddings", f"gradient of {side}", "reduce-scatter", reduced_bytes * N * D, 1)
     if config.model.sync_batchnorm:
         yield from _batch_statistics(config, network, world_size)
     yield from _engine_collectives(config, network, world_size)
@@ -75,15 +77,14 @@ def step_collectives(config: Config, network: Network, world_size: int) -> Itera
 
 def _batch_statistics(config: Config, network: Network, world_size: int) -> Iterator[Collective]:
     """Yield what each BatchNorm over all ranks exchanges: mean, variance and count, and two sums in backward."""
-    chunks = num_chunks(config, world_size)
-    forwards = 1 if chunks == 1 else 2 * chunks
+    schedule = schedule_of(config.train, world_size)
     on_cpu = config.run.device == "cpu"  # then the layers are our own, which gather where torch's reduce
     for width in network.batchnorm_widths:
         of_all = 4 * world_size * (2 * width + 1)
-        yield Collective("batch statistics", "of layers", "all-gather", of_all, forwards)
+        yield Collective("batch statistics", "of layers", "all-gather", of_all, schedule.forwards)
         operation: Operation = "all-gather" if on_cpu else "all-reduce"
         sums = 4 * 2 * width * (world_size if on_cpu else 1)
-        yield Collective("batch statistics", "gradients", operation, sums, chunks)
+        yield Collective("batch statistics", "gradients", operation, sums, schedule.backwards)
 
 
 def _engine_collectives(config: Config, network: Network, world_size: int) -> Iterator[Collective]:
@@ -93,7 +94,8 @@ def _engine_collectives(config: Config, network: Network, world_size: int) -> It
     all-gather comes on top. ZeRO 2 sums after every chunk, since no rank keeps whole gradients.
     """
     stage = config.train.zero_stage
-    reductions = num_chunks(config, world_size) if stage == 2 else 1
+    schedule = schedule_of(config.train, world_size)
+    reductions = schedule.backwards if stage == 2 and schedule.is_chunked else 1
     yield Collective("gradients", "of the parameters", "all-reduce", 4 * network.parameters, reductions)
     if stage > 0:
         groups = network.group_parameters
@@ -117,12 +119,6 @@ def mining_collectives(config: Config, network: Network, world_size: int, num_ca
     yield Collective("mining", "embeddings", "all-gather", 4 * world_size * rows * D, rate)
     lists = math.ceil(config.mining.batches_per_round / world_size)
     yield Collective("mining", "lists", "all-gather", 8 * world_size * lists * config.train.global_pairs, rate)
-
-
-def num_chunks(config: Config, world_size: int) -> int:
-    """Return K, the chunks of a rank's pairs that `train.micro_pairs` makes."""
-    pairs = config.train.global_pairs // world_size
-    return pairs // (config.train.micro_pairs or pairs)
 
 
 def padded_numel(numel: int, world_size: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from facetrain.config import Config
 from facetrain.estimate.collectives import padded_numel
 from facetrain.estimate.network import LossWork, Network, Passes
+from facetrain.estimate.schedule import Schedule
 
 _STATE_BYTES = {"sgd": 4, "adamw": 8}
 """Of a parameter: float32 momentum; or the two float32 moments."""
@@ -44,23 +45,22 @@ def kept_memory(config: Config, network: Network, world_size: int) -> dict[str, 
     return kept | ({"optimizer's share of weights": 4 * share} if train.zero_stage > 0 else {})
 
 
-def step_memory(
-    config: Config, network: Network, passes: Passes, loss: LossWork, *, pairs: int, chunks: int
-) -> dict[str, int]:
+def step_memory(config: Config, network: Network, passes: Passes, loss: LossWork, schedule: Schedule) -> dict[str, int]:
     """Return the bytes that a step takes at its fullest.
 
     The loss and the backward of the network don't live at the same time; the larger is counted.
     """
-    px, channels, D = config.data.image_px, config.data.channels, network.embedding_dim
-    pixels = px * px * channels
-    embeddings = 0 if chunks == 1 else 2 * 2 * pairs * D * 4  # with GradCache all embeddings and their gradients stay
-    activations = passes.saved_bytes + passes.working_bytes
-    in_loss = loss.peak_bytes + (passes.saved_bytes if chunks == 1 else 0)
+    pixels = config.data.image_px**2 * config.data.channels
+    saved = schedule.alive * passes.saved_bytes
+    in_backward = saved + passes.working_bytes
+    in_loss = loss.peak_bytes + (0 if schedule.is_chunked else saved)
+    # With GradCache all embeddings and their gradients stay through the second pass.
+    embeddings = 2 * 2 * schedule.pairs * network.embedding_dim * 4 if schedule.is_chunked else 0
     return {
         "gradients": 4 * network.parameters,
-        "activations": activations,
-        "loss beside them": max(0, in_loss - activations) + embeddings,
-        "images": 2 * 2 * pairs * pixels,  # this batch and the next, as uint8
+        "activations": in_backward,
+        "loss beside them": max(0, in_loss - in_backward) + embeddings,
+        "images": 2 * 2 * schedule.pairs * pixels,  # this batch and the next, as uint8
     }
 
 

@@ -12,13 +12,13 @@ from facetrain.estimate.collectives import (
     Collective,
     mining_collectives,
     most_batches_of_a_rank,
-    num_chunks,
     padded_numel,
     step_collectives,
 )
 from facetrain.estimate.counting import Work
 from facetrain.estimate.memory import Memory, kept_memory, mining_memory, step_memory
-from facetrain.estimate.network import Network, Passes, measure_embedding, measure_loss, measure_network, measure_passes
+from facetrain.estimate.network import Network, measure_embedding, measure_loss, measure_network, measure_passes
+from facetrain.estimate.schedule import Schedule, schedule_of
 
 _GREEDY_KERNELS = 10
 """Operations of a pick of the greedy search, besides its product: passes over one number per candidate."""
@@ -32,10 +32,7 @@ class Estimate:
     network: Network
     flops_per_image: float
     """Of a forward; a multiplication and an addition are two."""
-    pairs_per_rank: int
-    """n."""
-    chunks: int
-    """K, the chunks of n pairs that GradCache makes; 1 is without."""
+    schedule: Schedule
     memory: Memory
     collectives: tuple[Collective, ...]
     """In the order in which a step issues them, those of mining last."""
@@ -77,18 +74,12 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
     Raises:
         ValueError: The pairs can't be divided among the GPUs, or those of a GPU into chunks of `train.micro_pairs`.
     """
-    W = cluster.world_size
-    pairs = pairs_per_rank(config.train.global_pairs, W)
-    micro_pairs = config.train.micro_pairs or pairs
-    if pairs % micro_pairs:
-        raise ValueError(
-            f"train.micro_pairs: expected a divisor of the {pairs} pairs of a process (train.global_pairs / {W}"
-            f" processes), got {micro_pairs}"
-        )
+    W, train = cluster.world_size, config.train
+    schedule = schedule_of(train, W)
     network = measure_network(config.model, config.data)
-    passes = measure_passes(config.model, config.data, config.train.precision, images=2 * micro_pairs)
+    passes = measure_passes(config.model, config.data, train.precision, images=schedule.images)
     loss = measure_loss(
-        config.loss, pairs=pairs, global_pairs=config.train.global_pairs, embedding_dim=network.embedding_dim
+        config.loss, pairs=schedule.pairs, global_pairs=train.global_pairs, embedding_dim=network.embedding_dim
     )
     mines = config.mining.mode != "off"
     num_candidates = min(config.mining.candidates, identities) if mines else 0
@@ -96,26 +87,29 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
     if mines:
         collectives += mining_collectives(config, network, W, num_candidates)
 
-    chunks = num_chunks(config, W)
-    seconds = {"network": _network_seconds(config, cluster, passes, chunks)}
-    seconds["loss"] = loss.first.seconds(cluster, cluster.gpu_float32_tflops)
-    seconds["loss"] += (loss.tiles - 1) * loss.tile.seconds(cluster, cluster.gpu_float32_tflops)
-    seconds["update"] = _update_seconds(config, cluster, network)
+    forward_s, backward_s = (work.seconds(cluster, cluster.gpu_tflops) for work in (passes.forward, passes.backward))
+    seconds = {
+        "network": schedule.forwards * forward_s + schedule.backwards * backward_s,
+        "loss": loss.seconds(cluster),
+        "update": _update_seconds(config, cluster, network),
+    }
     for collective in collectives:
         time_s = collective.calls_per_step * collective.seconds(cluster)
+        if train.overlap and collective.part == "embeddings":  # the anchors' passes run beside the exchange
+            beside_s = {"all-gather": forward_s, "reduce-scatter": backward_s}.get(collective.operation, 0.0)
+            time_s = max(0.0, time_s - beside_s)
         seconds[collective.part] = seconds.get(collective.part, 0.0) + time_s
     if mines:
         seconds["mining"] = seconds.get("mining", 0.0) + _mining_seconds(config, cluster, network, num_candidates)
-    seconds["waiting for images"] = _wait_seconds(config, cluster, 2 * pairs, busy_s=sum(seconds.values()))
+    seconds["waiting for images"] = _wait_seconds(config, cluster, 2 * schedule.pairs, busy_s=sum(seconds.values()))
     return Estimate(
         cluster=cluster,
         network=network,
         flops_per_image=float(passes.forward.flops.sum()) / passes.images,
-        pairs_per_rank=pairs,
-        chunks=chunks,
+        schedule=schedule,
         memory=Memory(
             kept=kept_memory(config, network, W),
-            in_step=step_memory(config, network, passes, loss, pairs=pairs, chunks=chunks),
+            in_step=step_memory(config, network, passes, loss, schedule),
             in_mining=_mining_memory(config, network, W, num_candidates) if mines else {},
         ),
         collectives=tuple(collectives),
@@ -132,13 +126,6 @@ def largest_fitting_micro_pairs(config: Config, cluster: Cluster, *, identities:
         if estimate(smaller, cluster, identities=identities).fits:
             return micro_pairs
     return None
-
-
-def _network_seconds(config: Config, cluster: Cluster, passes: Passes, chunks: int) -> float:
-    """Return the time of forward and backward: each chunk once, with GradCache one more forward of each."""
-    forward_s = passes.forward.seconds(cluster, cluster.gpu_tflops)
-    backward_s = passes.backward.seconds(cluster, cluster.gpu_tflops)
-    return chunks * (forward_s * (1 if chunks == 1 else 2) + backward_s)
 
 
 def _update_seconds(config: Config, cluster: Cluster, network: Network) -> float:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from facetrain.batch import network_input
 from facetrain.config import DataConfig, LossConfig, ModelConfig
+from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.counting import Work, WorkCounter, without_data
 from facetrain.losses.npair import NPairLoss
 from facetrain.models import Backbone, build_backbone
@@ -122,6 +123,11 @@ class LossWork:
         """The most that lives at once: gathered embeddings, tiles, and gradients of all of them."""
         return self.first.peak_bytes + (self.tiles - 1) * self.tile.peak_bytes
 
+    def seconds(self, cluster: Cluster) -> float:
+        """Return the time on a GPU; the loss is float32 beside any network."""
+        first_s, tile_s = (work.seconds(cluster, cluster.gpu_float32_tflops) for work in (self.first, self.tile))
+        return first_s + (self.tiles - 1) * tile_s
+
 
 def measure_loss(config: LossConfig, *, pairs: int, global_pairs: int, embedding_dim: int) -> LossWork:
     """Return the work of the loss of `pairs` local pairs among `global_pairs`.
@@ -158,8 +164,16 @@ class _OneOfMany(World):
     def all_gather(self, x_local: Tensor) -> Tensor:
         return torch.cat([x_local, x_local.new_empty(self.others, *x_local.shape[1:])]) if self.others else x_local
 
-    def all_gather_with_grad(self, x_local: Tensor) -> Tensor:
-        return self.all_gather(x_local)
+    def start_gather_with_grad(self, x_local: Tensor, *, reduce_dtype: torch.dtype | None = None) -> Any:
+        return _Gathered(self.all_gather(x_local))
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    rows: Tensor
+
+    def finish(self) -> Tensor:
+        return self.rows
 
 
 def _build(model: ModelConfig, data: DataConfig) -> Backbone:

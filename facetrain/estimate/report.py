@@ -40,8 +40,7 @@ def estimate_record(config: Config, found: Estimate) -> dict[str, Any]:
         "cluster": dataclasses.asdict(found.cluster),
         "network": dataclasses.asdict(found.network),
         "flops_per_image": found.flops_per_image,
-        "pairs_per_rank": found.pairs_per_rank,
-        "chunks": found.chunks,
+        "schedule": dataclasses.asdict(found.schedule),
         "memory_bytes": dataclasses.asdict(found.memory) | {"total": found.memory.total_bytes, "fits": found.fits},
         "collectives": [
             dataclasses.asdict(c) | {"sent_bytes": c.sent_bytes(W), "seconds": c.seconds(found.cluster)}
@@ -56,9 +55,10 @@ def estimate_record(config: Config, found: Estimate) -> dict[str, Any]:
 
 def _head(config: Config, found: Estimate) -> Iterator[str]:
     cluster, train, network = found.cluster, config.train, found.network
-    in_chunks = f" in {found.chunks} chunks" if found.chunks > 1 else ""
+    schedule = found.schedule
+    in_chunks = f" in {schedule.backwards} chunks" if schedule.is_chunked else ""
     yield (
-        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs: {train.global_pairs} pairs a step, {found.pairs_per_rank} on"
+        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs: {train.global_pairs} pairs a step, {schedule.pairs} on"
         f" each{in_chunks}; ZeRO {train.zero_stage}, {train.precision}, {train.optimizer}"
     )
     yield (
