@@ -4,11 +4,11 @@ Nothing is allocated and nothing computed, so that a batch of any size takes a s
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,15 +41,6 @@ class Work:
         bound = np.maximum(self.flops / (1e12 * tflops), self.moved_bytes / (1e9 * cluster.gpu_gb_per_s))
         return float(np.maximum(bound, 1e-6 * cluster.kernel_us).sum())
 
-    def less(self, other: "Work") -> "Work":
-        """Return what this does beyond `other`, whose operations are some of these; order is lost."""
-        more = len(self.flops) - len(other.flops)
-        flops, moved = (
-            np.full(more, (ours.sum() - theirs.sum()) / more)
-            for ours, theirs in ((self.flops, other.flops), (self.moved_bytes, other.moved_bytes))
-        )
-        return Work(flops, moved, self.peak_bytes - other.peak_bytes)
-
 
 class WorkCounter(TorchDispatchMode):
     """Counts the operations of a `with` block, and the bytes of the tensors that they make and that still live."""
@@ -81,8 +72,7 @@ class WorkCounter(TorchDispatchMode):
             if x.untyped_storage()._cdata not in known:
                 self._take(x.untyped_storage())
         if func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ not in _NO_KERNEL:
-            count = flop_registry.get(func.overloadpacket)
-            self._flops.append(count(*args, **kwargs, out_val=result) if count else 0)
+            self._flops.append(_flops(func, args, kwargs, result))
             self._moved_bytes.append(sum(x.numel() * x.element_size() for x in [*given, *made]))
         return result
 
@@ -99,13 +89,13 @@ class WorkCounter(TorchDispatchMode):
         self.live_bytes -= num_bytes
 
 
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
+    """Return what torch's own counter says; it doesn't know that `addmm_` is `addmm`."""
+    packet = getattr(torch.ops.aten, func.overloadpacket.__name__.rstrip("_"), func.overloadpacket)
+    count = flop_registry.get(packet)
+    return float(count(*args, **kwargs, out_val=result)) if count else 0.0
+
+
 def without_data() -> FakeTensorMode:
     """Return the context in which tensors, also those of a new network, have shapes and no data."""
     return FakeTensorMode()
-
-
-def count_work(function: Callable[[], object]) -> Work:
-    """Return the work of a call, inside `without_data`."""
-    with WorkCounter() as counter:
-        function()
-    return counter.work()

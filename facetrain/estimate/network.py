@@ -109,38 +109,35 @@ def measure_embedding(model: ModelConfig, data: DataConfig, precision: Precision
 
 @dataclass(frozen=True)
 class LossWork:
-    """The loss on one GPU, forward and backward, given the embeddings; collectives are counted elsewhere."""
+    """The loss on one GPU, forward and backward, given the embeddings; collectives are counted elsewhere.
+
+    One tile of rows and two tiles are counted; any number is on the straight line through them.
+    """
 
     tiles: int
-    """Tiles of rows that the logits are made in."""
-    first: Work
-    """With the first tile."""
-    tile: Work
-    """What each further tile adds; its peak is what it adds to the peak."""
+    """Tiles that the logits are made in."""
+    one: Work
+    """With one tile, which is everything where there is one."""
+    two: Work
+    """With two tiles; the same as `one` where there is one."""
 
     @property
     def peak_bytes(self) -> int:
         """The most that lives at once: gathered embeddings, tiles, and gradients of all of them."""
-        return self.first.peak_bytes + (self.tiles - 1) * self.tile.peak_bytes
+        return self.one.peak_bytes + (self.tiles - 1) * (self.two.peak_bytes - self.one.peak_bytes)
 
     def seconds(self, cluster: Cluster) -> float:
         """Return the time on a GPU; the loss is float32 beside any network."""
-        first_s, tile_s = (work.seconds(cluster, cluster.gpu_float32_tflops) for work in (self.first, self.tile))
-        return first_s + (self.tiles - 1) * tile_s
+        one_s, two_s = (work.seconds(cluster, cluster.gpu_float32_tflops) for work in (self.one, self.two))
+        return one_s + (self.tiles - 1) * (two_s - one_s)
 
 
 def measure_loss(config: LossConfig, *, pairs: int, global_pairs: int, embedding_dim: int) -> LossWork:
-    """Return the work of the loss of `pairs` local pairs among `global_pairs`.
-
-    One tile and two tiles are counted, and the rest is a straight line through them.
-    """
+    """Return the work of the loss of `pairs` local pairs among `global_pairs`."""
     rows = min(pairs, max(1, config.tile_bytes // (4 * global_pairs)))
     one = _count_loss(config, rows, global_pairs, embedding_dim)
-    if rows == pairs:
-        nothing = Work(one.flops[:0], one.moved_bytes[:0], 0)
-        return LossWork(tiles=1, first=one, tile=nothing)
-    two = _count_loss(config, 2 * rows, global_pairs, embedding_dim)
-    return LossWork(tiles=math.ceil(pairs / rows), first=one, tile=two.less(one))
+    two = one if rows == pairs else _count_loss(config, min(pairs, 2 * rows), global_pairs, embedding_dim)
+    return LossWork(tiles=math.ceil(pairs / rows), one=one, two=two)
 
 
 @lru_cache
