@@ -1,5 +1,6 @@
 """Which collectives a step issues, and what each carries, sends and takes."""
 
+import itertools
 import math
 import pickle
 from collections.abc import Iterator
@@ -114,8 +115,7 @@ def mining_collectives(config: Config, network: Network, world_size: int, num_ca
     # A rank says its width and its number of rows, as a pickled object (with its size) and as a tensor.
     yield Collective("mining", "widths", "all-gather", world_size * len(pickle.dumps(D)), rate)
     yield Collective("mining", "sizes and counts", "all-gather", 8 * world_size, 3 * rate)
-    rows = most_batches_of_a_rank(2 * num_candidates, world_size) * BATCH_IMAGES
-    rows = min(rows, 2 * num_candidates)
+    rows = most_images_of_a_rank(2 * num_candidates, world_size)
     yield Collective("mining", "embeddings", "all-gather", 4 * world_size * rows * D, rate)
     lists = math.ceil(config.mining.batches_per_round / world_size)
     yield Collective("mining", "lists", "all-gather", 8 * world_size * lists * config.train.global_pairs, rate)
@@ -126,6 +126,8 @@ def padded_numel(numel: int, world_size: int) -> int:
     return math.ceil(numel / (2 * world_size)) * 2 * world_size
 
 
-def most_batches_of_a_rank(images: int, world_size: int) -> int:
-    """Return the most batches that a rank embeds: whole batches are dealt out, so that some ranks may have none."""
-    return math.ceil(math.ceil(images / BATCH_IMAGES) / world_size)
+def most_images_of_a_rank(images: int, world_size: int) -> int:
+    """Return the most images that a rank embeds: whole batches are dealt out, so that some ranks may have none."""
+    batches = math.ceil(images / BATCH_IMAGES)
+    bounds = [min(images, rank * batches // world_size * BATCH_IMAGES) for rank in range(world_size + 1)]
+    return max(stop - start for start, stop in itertools.pairwise(bounds))

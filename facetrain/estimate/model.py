@@ -11,7 +11,7 @@ from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.collectives import (
     Collective,
     mining_collectives,
-    most_batches_of_a_rank,
+    most_images_of_a_rank,
     padded_numel,
     step_collectives,
 )
@@ -146,8 +146,8 @@ def _mining_seconds(config: Config, cluster: Cluster, network: Network, num_cand
     """
     mining = config.mining
     forward_s = _embedding_work(config).seconds(cluster, cluster.gpu_tflops)
-    decode_s = BATCH_IMAGES / cluster.decode_images_per_s
-    embed_s = most_batches_of_a_rank(2 * num_candidates, cluster.world_size) * max(forward_s, decode_s)
+    images = most_images_of_a_rank(2 * num_candidates, cluster.world_size)
+    embed_s = max(math.ceil(images / BATCH_IMAGES) * forward_s, images / cluster.decode_images_per_s)
     size = max(config.train.global_pairs, math.ceil(mining.candidates_per_batch * num_candidates))
     read_s = 4 * size * network.embedding_dim / (1e9 * cluster.gpu_gb_per_s)
     pick_s = max(read_s, 1e-6 * cluster.kernel_us) + _GREEDY_KERNELS * 1e-6 * cluster.kernel_us
@@ -161,7 +161,7 @@ def _embedding_work(config: Config) -> Work:
 
 
 def _mining_memory(config: Config, network: Network, world_size: int, num_candidates: int) -> dict[str, int]:
-    rows = most_batches_of_a_rank(2 * num_candidates, world_size) * BATCH_IMAGES
+    rows = most_images_of_a_rank(2 * num_candidates, world_size)
     peak_bytes = _embedding_work(config).peak_bytes
     return mining_memory(network, peak_bytes, num_candidates=num_candidates, gathered_rows=world_size * rows)
 
