@@ -111,33 +111,32 @@ def measure_embedding(model: ModelConfig, data: DataConfig, precision: Precision
 class LossWork:
     """The loss on one GPU, forward and backward, given the embeddings; collectives are counted elsewhere.
 
-    One tile of rows and two tiles are counted; any number is on the straight line through them.
+    Two tiles of rows and three are counted, or as many as there are; more lie on the straight line through them.
     """
 
     tiles: int
     """Tiles that the logits are made in."""
-    one: Work
-    """With one tile, which is everything where there is one."""
     two: Work
-    """With two tiles; the same as `one` where there is one."""
+    """With two tiles, or the one that there is."""
+    three: Work
+    """With three tiles, or as many as there are."""
 
     @property
     def peak_bytes(self) -> int:
         """The most that lives at once: gathered embeddings, tiles, and gradients of all of them."""
-        return self.one.peak_bytes + (self.tiles - 1) * (self.two.peak_bytes - self.one.peak_bytes)
+        return self.two.peak_bytes + max(0, self.tiles - 2) * (self.three.peak_bytes - self.two.peak_bytes)
 
     def seconds(self, cluster: Cluster) -> float:
         """Return the time on a GPU; the loss is float32 beside any network."""
-        one_s, two_s = (work.seconds(cluster, cluster.gpu_float32_tflops) for work in (self.one, self.two))
-        return one_s + (self.tiles - 1) * (two_s - one_s)
+        two_s, three_s = (work.seconds(cluster, cluster.gpu_float32_tflops) for work in (self.two, self.three))
+        return two_s + max(0, self.tiles - 2) * (three_s - two_s)
 
 
 def measure_loss(config: LossConfig, *, pairs: int, global_pairs: int, embedding_dim: int) -> LossWork:
     """Return the work of the loss of `pairs` local pairs among `global_pairs`."""
-    rows = min(pairs, max(1, config.tile_bytes // (4 * global_pairs)))
-    one = _count_loss(config, rows, global_pairs, embedding_dim)
-    two = one if rows == pairs else _count_loss(config, min(pairs, 2 * rows), global_pairs, embedding_dim)
-    return LossWork(tiles=math.ceil(pairs / rows), one=one, two=two)
+    rows = max(1, config.tile_bytes // (4 * global_pairs))
+    two, three = (_count_loss(config, min(pairs, tiles * rows), global_pairs, embedding_dim) for tiles in (2, 3))
+    return LossWork(tiles=math.ceil(pairs / rows), two=two, three=three)
 
 
 @lru_cache

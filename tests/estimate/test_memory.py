@@ -1,4 +1,4 @@
-"""Weights and optimizer state are real ones to the byte; the fullest moment of a real step is within a stated factor."""
+"""Weights and optimizer state are the real ones to the byte, the fullest moment of a step is within a stated factor."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def config_of(**train) -> Config:
     return Config(
         run=RunConfig(device="cpu"),
         data=DataConfig(image_px=IMAGE_PX, colour="grey", workers=0),
-        model=ModelConfig(embedding_dim=25),
+        model=ModelConfig(embedding_dim=26),
         train=TrainConfig(global_pairs=PAIRS, **train),
     )
 

@@ -1,5 +1,6 @@
 """What is counted without data is what real tensors hold, compute and move."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from facetrain.batch import network_input
 from facetrain.config import DataConfig, LossConfig, ModelConfig
 from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.counting import WorkCounter, without_data
-from facetrain.estimate.network import measure_embedding, measure_loss, measure_network, measure_passes
+from facetrain.estimate.network import _count_loss, measure_embedding, measure_loss, measure_network, measure_passes
 from facetrain.models import build_backbone
 
 CASIANET = ModelConfig(name="casianet")
@@ -68,7 +69,6 @@ def test_a_convolution_network_takes_three_forwards_of_operations() -> None:
 def test_twice_the_images_are_twice_the_activations() -> None:
     few, more = (measure_passes(CASIANET, GREY_32, "float32", images=images) for images in (64, 128))
     assert more.saved_bytes == pytest.approx(2 * few.saved_bytes, rel=1e-3)
-    assert more.working_bytes == pytest.approx(2 * few.working_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -103,17 +103,18 @@ def test_activations_are_what_a_real_forward_saves(precision: str) -> None:
         LossConfig(symmetric=True, temperature=0.1),
     ],
 )
-def test_a_line_through_two_tiles_is_the_loss_of_many(loss: LossConfig) -> None:
-    """Of 512 rows in tiles of 64 and in one tile of as many: products are the same, memory is what two tiles say."""
-    import dataclasses
-
+def test_a_line_through_two_tiles_and_three_is_the_loss_of_many(loss: LossConfig) -> None:
+    """512 rows in 8 tiles of 64: as many operations as counted one by one, and the same memory."""
     tiled = dataclasses.replace(loss, tile_bytes=64 * 1024 * 4)
-    line = measure_loss(tiled, pairs=512, global_pairs=1024, embedding_dim=32)
+    sizes = {"pairs": 512, "global_pairs": 1024, "embedding_dim": 32}
+    line = measure_loss(tiled, **sizes)
+    whole = _count_loss(tiled, *sizes.values())
     assert line.tiles == 8
-    whole = measure_loss(dataclasses.replace(loss, tile_bytes=1 << 30), pairs=512, global_pairs=1024, embedding_dim=32)
-    products = [work.flops.sum() for work in (line.one, line.two, whole.one)]
-    assert products[0] + 7 * (products[1] - products[0]) == products[2]
-    assert line.peak_bytes < whole.peak_bytes
+    by_line = line.two.flops.sum() + 6 * (line.three.flops.sum() - line.two.flops.sum())
+    assert by_line == whole.flops.sum() >= 3 * 2 * 512 * 1024 * 32
+    assert line.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
+    cluster = Cluster(kernel_us=1e-3)
+    assert line.seconds(cluster) == pytest.approx(whole.seconds(cluster, cluster.gpu_float32_tflops), rel=0.01)
 
 
 PEAK_OF_THE_LOSS = """
@@ -128,25 +129,26 @@ def status(key):
     return 1024 * int(line.split()[1])
 
 torch.set_num_threads(1)
-pairs, symmetric = int(sys.argv[1]), sys.argv[2] == "True"
-loss = NPairLoss(LossConfig(symmetric=symmetric), World())
-small = torch.randn(2, 64, 128, requires_grad=True)
-loss(small[0], small[1], torch.arange(64)).total.backward()  # what torch loads at its first call is not the loss's
+pairs = int(sys.argv[1])
 embeddings = torch.randn(2, pairs, 128, requires_grad=True)
-ctypes.CDLL(None).malloc_trim(0)
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-torch.autograd.grad(loss(embeddings[0], embeddings[1], torch.arange(pairs)).total, embeddings)
-print(status("VmHWM") - before)
+for symmetric in (False, True):
+    loss = NPairLoss(LossConfig(symmetric=symmetric), World())
+    small = embeddings[:, :64]  # what torch loads at its first call is not the loss's
+    torch.autograd.grad(loss(small[0], small[1], torch.arange(64)).total, embeddings)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    torch.autograd.grad(loss(embeddings[0], embeddings[1], torch.arange(pairs)).total, embeddings)
+    print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_peak_memory_of_the_loss_is_within_a_fifth_of_what_is_measured(symmetric: bool) -> None:
+def test_peak_memory_of_the_loss_is_within_a_fifth_of_what_is_measured() -> None:
     pairs = 8192
-    command = [sys.executable, "-c", PEAK_OF_THE_LOSS, str(pairs), str(symmetric)]
+    command = [sys.executable, "-c", PEAK_OF_THE_LOSS, str(pairs)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    loss = LossConfig(symmetric=symmetric)
-    found = measure_loss(loss, pairs=pairs, global_pairs=pairs, embedding_dim=128)
-    assert int(done.stdout) == pytest.approx(found.peak_bytes, rel=0.2)
+    for symmetric, measured in zip((False, True), done.stdout.split(), strict=True):
+        loss = LossConfig(symmetric=symmetric)
+        found = measure_loss(loss, pairs=pairs, global_pairs=pairs, embedding_dim=128)
+        assert int(measured) == pytest.approx(found.peak_bytes, rel=0.2)
