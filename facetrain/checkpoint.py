@@ -76,7 +76,7 @@ def save_checkpoint(
         table_rows: This rank's part of the mining table: consecutive rows of each tensor, and in `first_row` the number
             of the first. None or empty is no table.
     """
-    optimizer_state = engine.optimizer_state()  # over all ranks
+    weights, optimizer_state = engine.weights(), engine.optimizer_state()  # over all ranks
     final = checkpoint_folder(run_dir, state.step)
     aside = final.with_name(f".{final.name}.tmp")
 
@@ -93,7 +93,7 @@ def save_checkpoint(
         _flush(file)
 
     def write() -> None:
-        save_weights(engine.backbone, config, aside)
+        save_weights(weights, config, aside)
         save_tensors(optimizer_state, aside / "optimizer.safetensors")
         arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
         save_arrays(arrays, aside / "plan.safetensors")
@@ -178,9 +178,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def save_weights(backbone: nn.Module, config: Config, folder: Path) -> None:
+def save_weights(weights: dict[str, Tensor], config: Config, folder: Path) -> None:
     """Write `model.safetensors` and the config beside it, each by a rename."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     save_tensors(weights, folder / ".model.tmp")
     os.replace(folder / ".model.tmp", folder / "model.safetensors")
     save_config(config, folder)
