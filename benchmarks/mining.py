@@ -21,16 +21,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from facetrain.mining.best_first import NeighbourGraph, best_first_classes
+from facetrain.mining.best_first import Extend, NeighbourGraph, Row, best_first_classes
 from facetrain.mining.greedy import GreedyResult, greedy_classes
-from facetrain.mining.neighbours import NEIGHBOURS, graph_pays, neighbour_graph
+from facetrain.mining.neighbours import graph_pays, neighbour_graph, neighbours_needed
 from facetrain.search import ClusteredIndex, similarity_blocks, unit_centres
 from facetrain.world import World
 
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 BATCHES_PER_ROUND = (1, 8, 64)
 SEARCHES, GREEDY_RUNS = 5, 2
+NEIGHBOURS = 128
+"""Of the approximate graph."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ExactCase:
     plain_ms: float
     reference_ms: float
     search_ms: float
+    neighbours: int
     search_extends: int
     """Rows that ran dry and were computed anew during the search."""
     same_lists: bool
@@ -148,19 +151,21 @@ def plain_greedy(anchors_CD: Tensor, positives_CD: Tensor, num: int, rng: np.ran
 
 
 def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[ExactCase]:
-    """Time all numbers of pairs on one exact graph, and compare the lists."""
+    """Time all numbers of pairs on exact graphs, and compare the lists."""
     anchors, positives = grouped_faces(num_candidates, width, seed=0)
-    graph_ms, (graph, extend) = timed(lambda: neighbour_graph(anchors, positives, World()))
     cases = []
     for num in pairs:
+        graph_ms, (graph, extend) = timed(lambda num=num: build(anchors, positives, num))
         dry: set[tuple[int, int]] = set()
 
-        def extend_and_count(s: int, length: int, dry: set[tuple[int, int]] = dry) -> Any:
+        def extend_and_count(s: int, length: int, dry: set[tuple[int, int]] = dry, extend: Extend = extend) -> Row:
             dry.add((s, length))
             return extend(s, length)
 
-        def search(seed: int, num: int = num, extend_and_count: Any = extend_and_count) -> GreedyResult:
-            return best_first_classes(graph, num, np.random.default_rng(seed), extend=extend_and_count)
+        def search(
+            seed: int, num: int = num, graph: NeighbourGraph = graph, extend: Extend = extend_and_count
+        ) -> GreedyResult:
+            return best_first_classes(graph, num, np.random.default_rng(seed), extend=extend)
 
         def reference(seed: int, num: int = num) -> GreedyResult:
             return greedy_classes(anchors, positives, num, np.random.default_rng(seed))
@@ -178,6 +183,7 @@ def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[Exa
                 plain_ms=plain_ms,
                 reference_ms=reference_ms,
                 search_ms=search_ms,
+                neighbours=graph.neighbours.shape[1],
                 search_extends=round(len(dry) / SEARCHES),
                 same_lists=all(same(a, b) for a, b in zip(found, expected, strict=False)),
                 graph_ms=graph_ms,
@@ -189,6 +195,12 @@ def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[Exa
             )
         )
     return cases
+
+
+def build(anchors_CD: Tensor, positives_CD: Tensor, num: int) -> tuple[NeighbourGraph, Extend]:
+    """Build the exact graph for batches of `num` out of all candidates."""
+    num_neighbours = neighbours_needed(len(anchors_CD), len(anchors_CD), num)
+    return neighbour_graph(anchors_CD, positives_CD, World(), num_neighbours=num_neighbours)
 
 
 def measure_approximate(num_candidates: int, width: int, pairs: list[int]) -> list[ApproximateCase]:
@@ -291,7 +303,7 @@ def median_of(mine: Callable[[int], GreedyResult], runs: int) -> tuple[float, li
 
 def print_exact(cases: list[ExactCase]) -> None:
     """Print a row for each case."""
-    head = ["C", "N", "plain", "reference", "search", "times faster", "same lists", "extended", "graph once"]
+    head = ["C", "N", "plain", "reference", "search", "times faster", "same lists", "K", "extended", "graph once"]
     head += [f"a batch of {b}" for b in BATCHES_PER_ROUND] + ["break-even", "rule"]
     print("\nexact graph; ms a batch")
     print_table(
@@ -305,6 +317,7 @@ def print_exact(cases: list[ExactCase]) -> None:
                 f"{c.search_ms:.1f}",
                 f"{c.plain_ms / c.search_ms:.1f}",
                 "yes" if c.same_lists else "NO",
+                f"{c.neighbours:,}",
                 str(c.search_extends),
                 f"{c.graph_ms:.0f}",
                 *(f"{ms:.0f}" for ms in c.batch_ms_by_batches.values()),

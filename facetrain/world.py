@@ -56,9 +56,10 @@ class World:
         if self.world_size == 1:
             return x_local
         counts = [int(c) for c in self.all_gather(torch.tensor([x_local.shape[0]], device=x_local.device)).tolist()]
-        padded = x_local.new_zeros(max(counts), *x_local.shape[1:])
+        most = max(1, *counts)  # where no rank has a row, there is nothing to split
+        padded = x_local.new_zeros(most, *x_local.shape[1:])
         padded[: x_local.shape[0]] = x_local
-        blocks = self.all_gather(padded).split(max(counts))
+        blocks = self.all_gather(padded).split(most)
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     def all_gather_object(self, value: ObjectT) -> list[ObjectT]:

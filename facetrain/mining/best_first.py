@@ -92,16 +92,34 @@ def best_first_classes(
 class _Frontier:
     """The unread edges of a selected class, heaviest first."""
 
-    __slots__ = ("classes", "next", "source", "values")
+    __slots__ = ("classes", "next", "row", "source", "values")
 
-    def __init__(self, source: int | None, classes: list[int], values: list[float]) -> None:
-        self.source = source  # None: no more edges than these
-        self.classes, self.values, self.next = classes, values, 0
+    def __init__(self, source: int | None, classes: NDArray[np.int32], values: NDArray[np.float32]) -> None:
+        self.source = source  # None: a row of ties, which has no more edges than these
+        self.start(classes, values)
+
+    def start(self, classes: NDArray[np.int32], values: NDArray[np.float32]) -> None:
+        """Read this row from its start."""
+        self.row = (classes, values)
+        self.next = 0
+        # The head of the row, as numbers that Python reads fast; most rows are read no further.
+        self.classes: list[int] = classes[:_HEAD].tolist()
+        self.values: list[float] = values[:_HEAD].tolist()
 
     @property
     def value(self) -> float:
-        """Weight of the next edge; at the end of a row a bound on all that the row leaves out."""
+        """Weight of the next edge; at the end of what is loaded a bound on all that follows."""
         return self.values[min(self.next, len(self.values) - 1)]
+
+    def load_more(self) -> bool:
+        """Load as much again of the row; False if all of it is loaded."""
+        loaded, (classes, values) = len(self.classes), self.row
+        self.classes += classes[loaded : 2 * loaded].tolist()
+        self.values += values[loaded : 2 * loaded].tolist()
+        return len(self.classes) > loaded
+
+
+_HEAD = 32
 
 
 class _Search:
@@ -134,7 +152,7 @@ class _Search:
         found = self.graph.neighbours[s]
         found = found if found[-1] >= 0 else found[found >= 0]
         if len(found):
-            self._push(_Frontier(s, found.tolist(), self._weigh(s, self.graph.scores[s, : len(found)])))
+            self._push(_Frontier(s, found, self._weigh(s, self.graph.scores[s, : len(found)])))
 
     def hardest(self) -> tuple[float, list[int]]:
         """Return the largest score of an open class, and all classes that have it, rising; none if edges ran out."""
@@ -145,7 +163,7 @@ class _Search:
             if found:
                 best = value
                 tied.update(found)
-            if frontier.next < len(frontier.classes) or self._can_extend(frontier):
+            if frontier.next < len(frontier.row[0]) or self._can_extend(frontier):
                 heapq.heapreplace(heap, (-frontier.value, number, frontier))
             else:
                 heapq.heappop(heap)
@@ -154,12 +172,13 @@ class _Search:
         equals = sorted(tied)
         if len(equals) > 1:
             # Read, but not all of them will be selected now: a row of their own keeps them on the frontier.
-            self._push(_Frontier(None, equals, [best] * len(equals)))
+            classes = np.array(equals, dtype=np.int32)
+            self._push(_Frontier(None, classes, np.full(len(equals), best, dtype=np.float32)))
         return best, equals
 
-    def _weigh(self, s: int, scores: NDArray[np.float32]) -> list[float]:
+    def _weigh(self, s: int, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         # float32 throughout, as in greedy_classes. Rounding keeps the order, so that rows stay sorted.
-        return (scores - self.graph.own[s] + self.shift).tolist()  # type: ignore[no-any-return]
+        return scores - self.graph.own[s] + self.shift
 
     def _close(self, classes: Iterable[int]) -> None:
         for c in classes:
@@ -171,11 +190,12 @@ class _Search:
         self.num_pushed += 1
 
     def _can_extend(self, frontier: _Frontier) -> bool:
-        return self.extend is not None and frontier.source is not None and len(frontier.classes) < len(self.graph.own)
+        complete = len(frontier.row[0]) == len(self.graph.own)
+        return self.extend is not None and frontier.source is not None and not complete
 
     def _read(self, frontier: _Frontier, value: float) -> list[int]:
         """Read the edges that weigh `value` and return their open classes; closed classes that follow are skipped."""
-        if frontier.next == len(frontier.classes):
+        if frontier.next == len(frontier.classes) and not frontier.load_more():
             self._lengthen(frontier)
         found = []
         for i in range(frontier.next, len(frontier.classes)):
@@ -195,6 +215,5 @@ class _Search:
         """
         assert self.extend is not None, "only rows that can be extended stay in the heap when they are read"
         assert frontier.source is not None, "a row of ties leaves the heap when it is read"
-        classes, scores = self.extend(frontier.source, min(4 * len(frontier.classes), len(self.graph.own)))
-        frontier.classes, frontier.values = classes.tolist(), self._weigh(frontier.source, scores)
-        frontier.next = 0
+        classes, scores = self.extend(frontier.source, min(4 * len(frontier.row[0]), len(self.graph.own)))
+        frontier.start(classes, self._weigh(frontier.source, scores))
