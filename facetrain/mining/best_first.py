@@ -92,31 +92,22 @@ def best_first_classes(
 class _Frontier:
     """The unread edges of a selected class, heaviest first."""
 
-    __slots__ = ("classes", "next", "row", "source", "values")
+    __slots__ = ("bound", "classes", "loaded", "next", "row", "source", "values")
 
     def __init__(self, source: int | None, classes: NDArray[np.int32], values: NDArray[np.float32]) -> None:
         self.source = source  # None: a row of ties, which has no more edges than these
-        self.start(classes, values)
-
-    def start(self, classes: NDArray[np.int32], values: NDArray[np.float32]) -> None:
-        """Read this row from its start."""
         self.row = (classes, values)
+        self.loaded = 0
+        # The part of the row that is being read, as numbers that Python is fast with.
+        self.classes: list[int] = []
+        self.values: list[float] = []
         self.next = 0
-        # The head of the row, as numbers that Python reads fast; most rows are read no further.
-        self.classes: list[int] = classes[:_HEAD].tolist()
-        self.values: list[float] = values[:_HEAD].tolist()
+        self.bound = float(values[0])  # on what is not loaded
 
     @property
     def value(self) -> float:
-        """Weight of the next edge; at the end of what is loaded a bound on all that follows."""
-        return self.values[min(self.next, len(self.values) - 1)]
-
-    def load_more(self) -> bool:
-        """Load as much again of the row; False if all of it is loaded."""
-        loaded, (classes, values) = len(self.classes), self.row
-        self.classes += classes[loaded : 2 * loaded].tolist()
-        self.values += values[loaded : 2 * loaded].tolist()
-        return len(self.classes) > loaded
+        """Weight of the next edge, or a bound on it where it has yet to be loaded."""
+        return self.values[self.next] if self.next < len(self.values) else self.bound
 
 
 _HEAD = 32
@@ -137,14 +128,15 @@ class _Search:
         self.shift = np.float32(margin if hinge else 0.0)
         self.floor = 0.0 if hinge else -np.inf
         self.is_open = bytearray(len(graph.own))  # faster to index from Python than an array
-        np.frombuffer(self.is_open, dtype=np.uint8)[candidates] = 1
+        self.is_open_C = np.frombuffer(self.is_open, dtype=np.bool_)  # the same memory
+        self.is_open_C[candidates] = True
         self.num_open = len(candidates)
         self.heap: list[tuple[float, int, _Frontier]] = []  # (-value, number, frontier); the number settles comparisons
         self.num_pushed = 0
 
     def open_classes(self) -> list[int]:
         """Return the classes that can be selected, rising."""
-        return np.flatnonzero(np.frombuffer(self.is_open, dtype=np.uint8)).tolist()
+        return np.flatnonzero(self.is_open_C).tolist()
 
     def select(self, s: int) -> None:
         """Close a class and let its edges in."""
@@ -163,7 +155,7 @@ class _Search:
             if found:
                 best = value
                 tied.update(found)
-            if frontier.next < len(frontier.row[0]) or self._can_extend(frontier):
+            if self._goes_on(frontier):
                 heapq.heapreplace(heap, (-frontier.value, number, frontier))
             else:
                 heapq.heappop(heap)
@@ -189,14 +181,16 @@ class _Search:
         heapq.heappush(self.heap, (-frontier.value, self.num_pushed, frontier))
         self.num_pushed += 1
 
-    def _can_extend(self, frontier: _Frontier) -> bool:
+    def _goes_on(self, frontier: _Frontier) -> bool:
+        if frontier.next < len(frontier.classes) or frontier.loaded < len(frontier.row[0]):
+            return True
         complete = len(frontier.row[0]) == len(self.graph.own)
         return self.extend is not None and frontier.source is not None and not complete
 
     def _read(self, frontier: _Frontier, value: float) -> list[int]:
         """Read the edges that weigh `value` and return their open classes; closed classes that follow are skipped."""
-        if frontier.next == len(frontier.classes) and not frontier.load_more():
-            self._lengthen(frontier)
+        if frontier.next == len(frontier.classes):
+            self._load(frontier)
         found = []
         for i in range(frontier.next, len(frontier.classes)):
             c = frontier.classes[i]
@@ -208,6 +202,16 @@ class _Search:
         frontier.next = len(frontier.classes)
         return found
 
+    def _load(self, frontier: _Frontier) -> None:
+        """Load the next part of a row, as long as all before it, without the classes that are closed: they stay so."""
+        if frontier.loaded == len(frontier.row[0]):
+            self._lengthen(frontier)
+        classes, values = (column[frontier.loaded : max(_HEAD, 2 * frontier.loaded)] for column in frontier.row)
+        is_open = self.is_open_C[classes]
+        frontier.classes, frontier.values = classes[is_open].tolist(), values[is_open].tolist()
+        frontier.next, frontier.bound = 0, float(values[-1])
+        frontier.loaded += len(classes)
+
     def _lengthen(self, frontier: _Frontier) -> None:
         """Replace a row that was read to its end by a longer one, read from its start, since equals may change places.
 
@@ -216,4 +220,5 @@ class _Search:
         assert self.extend is not None, "only rows that can be extended stay in the heap when they are read"
         assert frontier.source is not None, "a row of ties leaves the heap when it is read"
         classes, scores = self.extend(frontier.source, min(4 * len(frontier.row[0]), len(self.graph.own)))
-        frontier.start(classes, self._weigh(frontier.source, scores))
+        frontier.row = (classes, self._weigh(frontier.source, scores))
+        frontier.loaded = 0
