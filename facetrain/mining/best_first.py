@@ -170,7 +170,7 @@ class _Search:
 
     def _weigh(self, s: int, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         # float32 throughout, as in greedy_classes. Rounding keeps the order, so that rows stay sorted.
-        return scores - self.graph.own[s] + self.shift
+        return np.asarray(scores - self.graph.own[s] + self.shift, dtype=np.float32)
 
     def _close(self, classes: Iterable[int]) -> None:
         for c in classes:
@@ -191,7 +191,7 @@ class _Search:
         """Read the edges that weigh `value` and return their open classes; closed classes that follow are skipped."""
         if frontier.next == len(frontier.classes):
             self._load(frontier)
-        found = []
+        found: list[int] = []
         for i in range(frontier.next, len(frontier.classes)):
             c = frontier.classes[i]
             if self.is_open[c]:
