@@ -1,12 +1,21 @@
 """The one command `facetrain`. Heavy imports wait until a command needs them."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from facetrain import __version__
-from facetrain.command_line import new_parser, parse_arguments, parse_config, user_errors
+from facetrain.command_line import (
+    new_parser,
+    parse_arguments,
+    parse_config,
+    parse_config_and_flags,
+    user_errors,
+)
 
 Command = Callable[[Sequence[str]], None]
 
@@ -91,6 +100,33 @@ def _check(argv: Sequence[str]) -> None:
     _print(f"ok: {inputs.split.describe()}; {inputs.plan.steps_per_epoch} steps an epoch")
 
 
+def _estimate(argv: Sequence[str]) -> None:
+    """Estimate memory, traffic and images/s on a cluster."""
+    from facetrain.estimate.cluster import Cluster
+
+    speeds = fields(Cluster)
+
+    def add_flags(parser: Any) -> None:
+        for key in speeds:
+            flag = "--" + key.name.replace("_", "-")
+            parser.add_argument(flag, type=key.type, default=key.default, help=key.metadata["help"])
+        parser.add_argument("--identities", type=int, default=10_575, help="identities trained on, for mining")
+        parser.add_argument("--json", type=str, help="file for everything that was estimated")
+
+    config, args = parse_config_and_flags(
+        argv, "facetrain estimate", "Estimate what a run takes on a cluster; no GPU is needed", add_flags
+    )
+    cluster = Cluster(**{key.name: args[key.name] for key in speeds})
+    from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
+    from facetrain.estimate.report import estimate_record, format_estimate
+
+    found = estimate(config, cluster, identities=args.identities)
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(estimate_record(config, found), indent=1) + "\n")
+    fitting = None if found.fits else largest_fitting_micro_pairs(config, cluster, identities=args.identities)
+    _print(format_estimate(config, found, fitting_micro_pairs=fitting))
+
+
 def _lfw(argv: Sequence[str]) -> None:
     """Evaluate weights or embeddings on LFW."""
     parser = new_parser("facetrain lfw", "Evaluate on LFW: verification, closed-set and open-set identification.")
@@ -127,10 +163,17 @@ def _lfw(argv: Sequence[str]) -> None:
         evaluate_checkpoint(Path(args.checkpoint), images, mirror=not args.no_mirror, device=args.device, **lists)
 
 
-_COMMANDS: dict[str, Command] = {"synth": _synth, "pack": _pack, "train": _train, "check": _check, "lfw": _lfw}
+_COMMANDS: dict[str, Command] = {
+    "synth": _synth,
+    "pack": _pack,
+    "train": _train,
+    "check": _check,
+    "estimate": _estimate,
+    "lfw": _lfw,
+}
 
 _USAGE = "usage: facetrain COMMAND ...\n\n" + "\n".join(
-    f"  {name:8}{command.__doc__}" for name, command in _COMMANDS.items()
+    f"  {name:10}{command.__doc__}" for name, command in _COMMANDS.items()
 )
 
 

@@ -111,6 +111,7 @@ def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int) -> Tensor:
     items = items_ID.float().cpu().numpy()
     k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=10, spherical=True, seed=seed, min_points_per_centroid=1)
     k_means.train(items)
+    assert k_means.centroids is not None, "training sets them"
     return torch.from_numpy(k_means.centroids.copy())
 
 

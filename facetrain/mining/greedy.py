@@ -46,6 +46,8 @@ def greedy_classes(
     hinge: bool = False,
     margin: float = 0.0,
     similarity_cap: float | None = None,
+    groups_C: NDArray[np.int64] | None = None,
+    group_quota: int | None = None,
 ) -> GreedyResult:
     """Select classes that are hard for one another, exactly and one at a time.
 
@@ -68,6 +70,8 @@ def greedy_classes(
         margin: Margin of the hinge, in units of the inner product; without the hinge it would change nothing.
         similarity_cap: A class c with cos(a_s, p_c) above this for a selected s isn't added: it may be the same
             person. Where that leaves no class, any unselected one is drawn and counted as a filler.
+        groups_C: the group of each class, from 0; None is one group.
+        group_quota: Most classes that are selected from a group; every group has at least as many. None is `num`.
 
     Raises:
         ValueError: `num` is out of bounds, or an embedding isn't finite.
@@ -87,11 +91,17 @@ def greedy_classes(
     best_C = torch.full((C,), lowest, device=device)
     taken_C = torch.zeros(C, dtype=torch.bool, device=device)
     capped_C = torch.zeros_like(taken_C)
+    group_C = (
+        torch.zeros_like(taken_C, dtype=torch.int64) if groups_C is None else torch.from_numpy(groups_C).to(device)
+    )
+    room_G = torch.full((int(group_C.max()) + 1,), group_quota or num, device=device)
 
     chosen = (draws_N[:1] * C).long()
     order, violations, choices = [chosen], [best_C.new_full((1,), -torch.inf)], [chosen.new_ones(1)]
     for n in range(1, num):
         taken_C.index_fill_(0, chosen, True)
+        room_G[group_C[chosen]] -= 1
+        closed_C = taken_C | (room_G[group_C] == 0)
         products_C = p_CD @ anchors_CD[chosen].squeeze(0)  # indexing by a scalar tensor would wait for it
         if similarity_cap is not None:
             capped_C |= products_C > similarity_cap * norm_a_C[chosen] * norm_p_C
@@ -99,9 +109,9 @@ def greedy_classes(
         if positives_CD is not None:
             scores_C = scores_C - scores_C[chosen]
         best_C = torch.maximum(best_C, scores_C + shift)
-        open_C = best_C.masked_fill(taken_C | capped_C, -torch.inf)
+        open_C = best_C.masked_fill(closed_C | capped_C, -torch.inf)
         violation = open_C.max().view(1)
-        equals_C = torch.where(violation.isneginf(), ~taken_C, open_C == violation)
+        equals_C = torch.where(violation.isneginf(), ~closed_C, open_C == violation)
         rank_among_equals_C = equals_C.cumsum(0)
         num_equal = rank_among_equals_C[-1:]
         # The draw is below 1 and num_equal far below 2^53, so their product never rounds up to num_equal.

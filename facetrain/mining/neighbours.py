@@ -92,7 +92,7 @@ def neighbour_graph(
         neighbours=neighbours_CK.cpu().numpy(),
         scores=scores_CK.cpu().numpy(),
         own=own_C.float().cpu().numpy(),
-        capped=_by_class(pairs_P2.cpu().numpy()),
+        capped=by_class(pairs_P2.cpu().numpy()),
     )
     return graph, _exact_rows(anchors_CD, p_CD)
 
@@ -107,7 +107,7 @@ def _exact_rows(anchors_CD: Tensor, p_CD: Tensor) -> Extend:
     return extend
 
 
-def _by_class(pairs_P2: NDArray[np.int32]) -> dict[int, NDArray[np.int32]]:
+def by_class(pairs_P2: NDArray[np.int32]) -> dict[int, NDArray[np.int32]]:
     """Sort (s, c) pairs, grouped by s, into the c of each s."""
     sources, starts = np.unique(pairs_P2[:, 0], return_index=True)
     return dict(zip(sources.tolist(), np.split(pairs_P2[:, 1], starts[1:]), strict=True)) if len(sources) else {}

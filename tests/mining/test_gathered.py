@@ -11,8 +11,9 @@ from torch import Tensor
 
 from facetrain.config import MiningConfig
 from facetrain.data.index import ClassTable
-from facetrain.mining.gathered import MinedRound, MiningSchedule, choose_mode, mine_round
+from facetrain.mining.gathered import mine_round
 from facetrain.mining.neighbours import graph_pays
+from facetrain.mining.round import MinedRound, MiningSchedule
 from facetrain.world import World
 
 NUM_IDENTITIES = 120
@@ -241,13 +242,3 @@ def test_rounds_come_before_the_steps_that_they_serve() -> None:
         18: 2,
     }
     assert [schedule.first_served_step(r) for r in (0, 1, 2)] == [16, 20, 24]
-
-
-def test_auto_takes_gathered_and_says_why() -> None:
-    assert choose_mode(MiningConfig(mode="off"), 50) == ("off", "mining.mode asks for it")
-    mode, reason = choose_mode(MiningConfig(mode="auto", candidates=500), 90_000)
-    assert mode == "gathered"
-    assert "500 candidates" in reason
-    mode, reason = choose_mode(MiningConfig(mode="auto"), 2_000_000)
-    assert mode == "gathered"
-    assert "'table' doesn't exist yet" in reason
