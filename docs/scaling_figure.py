@@ -31,7 +31,8 @@ COLOURS = {
     "optimizer state": "#E69F00",
     "optimizer's share of weights": "#F0E442",
     "activations": "#009E73",
-    "loss beside them": "#56B4E9",
+    "bucket of gradients": "#CC79A7",
+    "loss or reduction beside them": "#56B4E9",
     "images": "#999999",
 }
 """One colour per part, with which people of any colour vision can tell them apart (Okabe and Ito, 2008)."""

@@ -10,7 +10,7 @@ from typing import Literal
 from facetrain.config import Config
 from facetrain.embed import BATCH_IMAGES
 from facetrain.estimate.cluster import Cluster
-from facetrain.estimate.network import Network
+from facetrain.estimate.network import Network, padded_numel
 from facetrain.estimate.schedule import schedule_of
 
 Operation = Literal["all-gather", "reduce-scatter", "all-reduce"]
@@ -119,11 +119,6 @@ def mining_collectives(config: Config, network: Network, world_size: int, num_ca
     yield Collective("mining", "embeddings", "all-gather", 4 * world_size * rows * D, rate)
     lists = math.ceil(config.mining.batches_per_round / world_size)
     yield Collective("mining", "lists", "all-gather", 8 * world_size * lists * config.train.global_pairs, rate)
-
-
-def padded_numel(numel: int, world_size: int) -> int:
-    """Return the numbers of a flat parameter group at ZeRO 1 and 2, padded so that every rank's share is even."""
-    return math.ceil(numel / (2 * world_size)) * 2 * world_size
 
 
 def most_images_of_a_rank(images: int, world_size: int) -> int:

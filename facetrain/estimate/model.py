@@ -12,7 +12,6 @@ from facetrain.estimate.collectives import (
     Collective,
     mining_collectives,
     most_images_of_a_rank,
-    padded_numel,
     step_collectives,
 )
 from facetrain.estimate.counting import Work
@@ -109,7 +108,7 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
         schedule=schedule,
         memory=Memory(
             kept=kept_memory(config, network, W),
-            in_step=step_memory(config, network, passes, loss, schedule),
+            in_step=step_memory(config, network, passes, loss, schedule, W),
             in_mining=_mining_memory(config, network, W, num_candidates) if mines else {},
         ),
         collectives=tuple(collectives),
@@ -133,8 +132,7 @@ def _update_seconds(config: Config, cluster: Cluster, network: Network) -> float
     state = {"sgd": 1, "adamw": 2}[config.train.optimizer]
     numel = network.parameters
     if config.train.zero_stage > 0:
-        W = cluster.world_size
-        numel = sum(padded_numel(group, W) for group in network.group_parameters) // W
+        numel = network.padded_parameters(cluster.world_size) // cluster.world_size
     return 4 * numel * (3 + 2 * state) / (1e9 * cluster.gpu_gb_per_s)
 
 

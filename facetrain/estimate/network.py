@@ -42,6 +42,15 @@ class Network:
         """P, all parameters."""
         return sum(self.group_parameters)
 
+    def padded_parameters(self, world_size: int) -> int:
+        """Return how many numbers the flat groups of ZeRO 1 and 2 hold, padded so that ranks have equal shares."""
+        return sum(padded_numel(numel, world_size) for numel in self.group_parameters)
+
+
+def padded_numel(numel: int, world_size: int) -> int:
+    """Return the numbers of a flat group: the next multiple of 2 W. Source: DeepSpeed 0.19.8, stage_1_and_2.py."""
+    return math.ceil(numel / (2 * world_size)) * 2 * world_size
+
 
 @dataclass(frozen=True)
 class Passes:
