@@ -115,7 +115,7 @@ class Engine:
     def _whole_parameters(self) -> AbstractContextManager[Any]:
         if self.config.zero_stage < 3:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters(list(self.backbone.parameters()))  # type: ignore[no-any-return]
 
@@ -217,9 +217,9 @@ def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, pairs
             "gradient_accumulation_steps": pairs_per_rank // micro_pairs,
             "zero_optimization": {
                 "stage": config.zero_stage,
-                # DeepSpeed's default buffers hold 500 million numbers, whatever the network.
-                "reduce_bucket_size": min(num_parameters, 500_000_000),
-                "allgather_bucket_size": min(num_parameters, 500_000_000),
+                # DeepSpeed's default buffers hold 500 million numbers, whatever the network; an odd number is refused.
+                "reduce_bucket_size": min(num_parameters + num_parameters % 2, 500_000_000),
+                "allgather_bucket_size": min(num_parameters + num_parameters % 2, 500_000_000),
             },
             "zero_allow_untested_optimizer": True,
             # DeepSpeed's own default is 1.0; at ZeRO 0 `Engine.step` clips, which also gives the norm.

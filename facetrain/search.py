@@ -1,10 +1,14 @@
-"""Exact similarity search: products in full float32, block by block, so that memory stays bounded.
+"""Similarity search: exact, with products in full float32, block by block, so that memory stays bounded.
 
-Dims: Q queries, q queries of one block, I items, G groups of items, D width.
+And approximate, among clusters, for millions of items against one another: with FAISS, an optional dependency, of which
+this is the sole importer.
+
+Dims: Q queries, q queries of one block, I items, G groups of items, L clusters, D width.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,16 +32,17 @@ def similarity_blocks(
     therefore padded with zeros to whole tiles. TF32, bf16 and autocast are off whatever the process has set.
 
     Args:
-        queries_QD: float32, on any device.
-        items_ID: float32, on the same device.
+        queries_QD: float32 or float64, on any device.
+        items_ID: of the same type, on the same device.
         block_bytes: bound on the size of one block of scores; at least 64 queries make a block.
 
     Yields:
-        The slice of queries, and their float32 scores [q, I].
+        The slice of queries, and their scores [q, I], of the type of the embeddings.
     """
     num_items = items_ID.shape[0]
     padded_ID = _pad_rows(items_ID, -num_items % _TILE)
-    rows = max(block_bytes // (4 * max(padded_ID.shape[0], 1)) // _TILE * _TILE, _TILE)
+    row_bytes = padded_ID.element_size() * max(padded_ID.shape[0], 1)
+    rows = max(block_bytes // row_bytes // _TILE * _TILE, _TILE)
     for start in range(0, queries_QD.shape[0], rows):
         block_qD = queries_QD[start : start + rows]
         num_queries = block_qD.shape[0]
@@ -86,6 +91,64 @@ def group_maxima(
             continue
         maxima_qG = scores_qI.new_full((scores_qI.shape[0], num_groups), -torch.inf)
         yield rows, maxima_qG.scatter_reduce_(1, groups_I.expand_as(scores_qI), scores_qI, "amax")
+
+
+def has_faiss() -> bool:
+    """Return whether the optional dependency is there that `unit_centres` and `ClusteredIndex` need."""
+    return find_spec("faiss") is not None
+
+
+def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int) -> Tensor:
+    """Return cluster centres of unit length by spherical k-means, ten iterations, float32 [L, D] on the CPU.
+
+    Args:
+        items_ID: At least as many items as clusters; FAISS wants 39 times as many to be content.
+        num_clusters: L.
+        seed: Chooses the first centres.
+    """
+    import faiss
+
+    items = items_ID.float().cpu().numpy()
+    k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=10, spherical=True, seed=seed, min_points_per_centroid=1)
+    k_means.train(items)
+    assert k_means.centroids is not None, "training sets them"
+    return torch.from_numpy(k_means.centroids.copy())
+
+
+class ClusteredIndex:
+    """Items in clusters, of which a search looks into the most promising alone: approximate, and on the CPU.
+
+    An item lies in the cluster whose centre has the largest inner product with it. It is kept in bfloat16; queries are
+    float32. What a search misses depends on the data: measure its recall.
+    """
+
+    def __init__(self, centres_LD: Tensor) -> None:
+        """Start an empty index with the centres of `unit_centres`."""
+        import faiss
+
+        num_clusters, width = centres_LD.shape
+        centres = centres_LD.numpy()
+        quantizer = faiss.IndexFlatIP(width)
+        quantizer.add(centres)
+        self._index = faiss.IndexIVFScalarQuantizer(
+            quantizer, width, num_clusters, faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT, False
+        )
+        self._index.train(centres)  # has nothing to learn, with its centres given and nothing to scale
+
+    def add(self, items_ID: Tensor) -> None:
+        """Append items; they are numbered in the order in which they come."""
+        self._index.add(items_ID.float().cpu().numpy())
+
+    def top_k(self, queries_QD: Tensor, k: int, *, probes: int) -> tuple[Tensor, Tensor]:
+        """Return each query's k items of highest inner product in the `probes` clusters nearest to it, best first.
+
+        Returns:
+            The scores, float32 [Q, k], and the items, int64 [Q, k], on the queries' device; -1 where the clusters
+            hold fewer than k.
+        """
+        self._index.nprobe = min(probes, self._index.nlist)
+        scores, items = self._index.search(queries_QD.float().cpu().numpy(), k)
+        return torch.from_numpy(scores).to(queries_QD.device), torch.from_numpy(items).to(queries_QD.device)
 
 
 def _pad_rows(x: Tensor, num_rows: int) -> Tensor:

@@ -19,6 +19,7 @@ from facetrain.checkpoint import (
     init_weights_from,
     load_optimizer,
     load_state,
+    load_table_rows,
     load_weights,
     save_checkpoint,
     save_weights,
@@ -36,6 +37,7 @@ from facetrain.evaluation.report import format_table, write_results
 from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.losses.npair import NPairLoss
 from facetrain.mining.miner import Miner
+from facetrain.mining.mode import check_mode
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
@@ -99,6 +101,7 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
         shards.table, holdout=config.data.holdout_identities, exclude=config.data.exclude, seed=config.run.seed
     )
     plan = Plan(shards.table, split.train, global_pairs=config.train.global_pairs, seed=config.run.seed)
+    check_mode(config, num_identities=len(split.train), world_size=world_size)
     backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
     if config.model.init_from is not None:
         init_weights_from(backbone, Path(config.model.init_from))
@@ -124,6 +127,8 @@ class Run:
         self.miner = Miner(config, inputs.shards, inputs.split.train, world) if mines else None
         self.finite = FiniteWatch(world)
         self.collapse = CollapseWatch(loss_of_equal_scores(config.loss.name, config.train.global_pairs))
+        if self.miner and self.miner.table and folder.resume_from is not None and self.state.step > 0:
+            self.miner.table.load(load_table_rows(folder.resume_from, self.miner.table.rows))
 
     def go(self) -> None:
         """Train to the last step and write the results."""
@@ -165,6 +170,8 @@ class Run:
                 self._seed_random_layers()
                 rate = learning_rate_at(state.step, config.train)
                 stats = train_step(self.engine, self.loss, batch, learning_rate=rate)
+                if self.miner:
+                    self.miner.observe(state.step, batch.labels_n, stats.embeddings_VnD)  # over all ranks
                 count_draws(state.draws, self.plan.step(state.step))
                 state.step += 1
                 self.finite.observe(state.step, stats)
@@ -252,7 +259,8 @@ class Run:
     def _save(self) -> None:
         self._stop_if_not_finite()  # a checkpoint is never of a network that is lost
         self.state.mined = self.plan.pending(self.state.step)
-        save_checkpoint(self.folder.path, self.engine, self.state, self.config, self.world)
+        table = self.miner.table.state() if self.miner and self.miner.table else {}
+        save_checkpoint(self.folder.path, self.engine, self.state, self.config, self.world, table_rows=table)
 
     def _log_judgement(self, judgement: Judgement) -> None:
         """Record how good the network is; the best is chosen by held-out accuracy, never by the evaluation set."""
@@ -280,7 +288,7 @@ class Run:
             f" {self.plan.steps_per_epoch} steps an epoch; {steps} steps = {2 * pairs * steps} images"
         )
         if self.miner:
-            log.info(self.miner.describe())
+            log.info(self.miner.mode.describe())
         if self.folder.resume_from is not None:
             log.info(f"continues at step {self.state.step} from {self.folder.resume_from}")
 

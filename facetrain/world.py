@@ -65,7 +65,7 @@ class World:
         counts = [int(c) for c in self.all_gather(torch.tensor([x_local.shape[0]], device=x_local.device)).tolist()]
         padded = x_local.new_zeros(max(counts), *x_local.shape[1:])
         padded[: x_local.shape[0]] = x_local
-        blocks = self.all_gather(padded).split(max(counts))
+        blocks = self.all_gather(padded).unflatten(0, (self.world_size, max(counts)))
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     def all_gather_object(self, value: ObjectT) -> list[ObjectT]:
@@ -83,6 +83,12 @@ class World:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
+
+    def broadcast_(self, x: Tensor, source: int) -> Tensor:
+        """Overwrite x by that of rank `source`, of the same shape and type, in place, and return it."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=source)
+        return x
 
     def all_reduce_mean_(self, x: Tensor) -> Tensor:
         """Replace x by its mean over the ranks, in place, and return it."""
@@ -143,6 +149,21 @@ class World:
             raise error
         return value  # type: ignore[return-value]
 
+    def on_all(self, function: Callable[[], None]) -> None:
+        """Call the function on every rank.
+
+        Raises:
+            Exception: What it raised on the lowest rank where it did, on every rank, so that all fail together.
+        """
+        error = None
+        try:
+            function()
+        except Exception as caught:
+            error = caught
+        errors = [e for e in self.all_gather_object(error) if e is not None]
+        if errors:
+            raise errors[0]
+
 
 @contextmanager
 def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Iterator[World]:
@@ -192,11 +213,12 @@ class GatherInFlight:
             self._begin = _GatherBegin.apply(x_local, self)
             self.gathered = x_local.new_empty(world_size * x_local.shape[0], *x_local.shape[1:])
             # Over all ranks: every rank ends with the rows of all.
-            self.work = dist.all_gather_into_tensor(self.gathered, x_local.detach().contiguous(), async_op=True)
+            self.work: Any = dist.all_gather_into_tensor(self.gathered, x_local.detach().contiguous(), async_op=True)
 
     def finish(self) -> Tensor:
         """Wait, and return the rows of all ranks in rank order, [W * rows, ...]; call it once."""
-        return self._begin if self.world_size == 1 else _GatherEnd.apply(self._begin, self)  # type: ignore[no-any-return]
+        rows: Tensor = self._begin if self.world_size == 1 else _GatherEnd.apply(self._begin, self)
+        return rows
 
 
 class _GatherBegin(torch.autograd.Function):

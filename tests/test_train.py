@@ -86,8 +86,18 @@ def weights(run_dir: Path) -> dict[str, bytes]:
             },
             marks=pytest.mark.slow,
         ),
+        (
+            2,
+            {
+                "mining__mode": "table",
+                "mining__table_neighbours": 8,
+                "mining__table_max_age_steps": 6,  # some classes are always left out
+                "data__workers": 0,
+                "model__norm": "none",
+            },
+        ),
     ],
-    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd"],
+    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd", "two-ranks-table"],
 )
 def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_size, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -200,6 +210,7 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
     check("model.name", "resnet", expected=("model.name", "casianet"))
     check("model.init_from", tmp_path, expected=("model.safetensors",))
     check("mining.candidates", 7, expected=("mining.candidates", "8", "7"))
+    check("mining.table_probes", 0, expected=("mining.table_probes", "1 or more", "0"))
 
 
 def test_a_gradient_that_is_not_finite_ends_all_ranks_and_names_the_batch(synthetic, tmp_path):

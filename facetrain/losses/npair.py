@@ -3,7 +3,7 @@
 Dims: n pairs on this rank, N pairs of the global batch (N = n * world size), t rows of a tile, D embedding width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,12 +261,12 @@ def _logit_tiles(
 
 
 def _gradients(
-    inputs: list[Tensor], tile_bytes: int, grad_of_logits: Callable[[slice, Tensor], Tensor]
+    inputs: Sequence[Tensor], tile_bytes: int, grad_of_logits: Callable[[slice, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of anchors and negatives, tile by tile, from what makes a tile's gradient of its logits."""
-    anchors_nD, negatives_ND, *_ = inputs
+    anchors_nD, negatives_ND, labels_n, labels_N = inputs
     grad_anchors_nD, grad_negatives_ND = torch.empty_like(anchors_nD), torch.zeros_like(negatives_ND)
-    for tile, logits_tN in _logit_tiles(*inputs, tile_bytes):
+    for tile, logits_tN in _logit_tiles(anchors_nD, negatives_ND, labels_n, labels_N, tile_bytes):
         grad_tN = grad_of_logits(tile, logits_tN)
         torch.mm(grad_tN, negatives_ND, out=grad_anchors_nD[tile])
         grad_negatives_ND.addmm_(grad_tN.T, anchors_nD[tile])
