@@ -34,6 +34,7 @@ COLOURS = {
     "bucket of gradients": "#CC79A7",
     "loss or reduction beside them": "#56B4E9",
     "images": "#999999",
+    "mining table": "#8C6BB1",
 }
 """One colour per part, with which people of any colour vision can tell them apart (Okabe and Ito, 2008)."""
 

@@ -31,7 +31,8 @@ class Memory:
 def kept_memory(config: Config, network: Network, world_size: int) -> dict[str, int]:
     """Return the bytes of what stays: weights, and the optimizer's state by ZeRO stage.
 
-    At ZeRO 1 and 2 the optimizer works on a share of its own of the weights, a copy also where weights are float32.
+    From ZeRO 1 on the optimizer works on a share of its own of the weights, a copy also where weights are float32.
+    ZeRO 3 is approximate: DeepSpeed keeps small parameters whole.
     """
     P, train = network.parameters, config.train
     padded = network.padded_parameters(world_size)
@@ -40,7 +41,8 @@ def kept_memory(config: Config, network: Network, world_size: int) -> dict[str, 
     state = _STATE_BYTES[train.optimizer] * (P if train.zero_stage == 0 else share) if has_state else 0
     if train.optimizer == "adamw":  # a count of steps per tensor
         state += 4 * (sum(network.group_tensors) if train.zero_stage == 0 else len(network.group_parameters))
-    kept = {"weights": 4 * (P if train.zero_stage == 0 else padded) + network.buffer_bytes, "optimizer state": state}
+    weights = {0: P, 1: padded, 2: padded, 3: share}[train.zero_stage]
+    kept = {"weights": 4 * weights + network.buffer_bytes, "optimizer state": state}
     return kept | ({"optimizer's share of weights": 4 * share} if train.zero_stage > 0 else {})
 
 
@@ -66,18 +68,8 @@ def step_memory(
     return {
         "gradients": gradients,
         **bucket,
+        **({"gathered weights": whole} if config.train.zero_stage == 3 else {}),
         "activations": in_backward,
         "loss or reduction beside them": max(0, in_loss - in_backward, whole - in_backward) + embeddings,
         "images": 2 * 2 * schedule.pairs * pixels,  # this batch and the next, as uint8
-    }
-
-
-def mining_memory(
-    network: Network, embedding_peak_bytes: int, *, num_candidates: int, gathered_rows: int
-) -> dict[str, int]:
-    """Return the bytes that a round of gathered mining takes: all candidates on every GPU, twice while they arrive."""
-    row_bytes = 4 * network.embedding_dim
-    return {
-        "candidates": row_bytes * (2 * num_candidates + gathered_rows),
-        "embedding": embedding_peak_bytes,
     }
