@@ -219,7 +219,7 @@ def test_a_gradient_that_is_not_finite_ends_all_ranks_and_names_the_batch(synthe
     done = run(*torchrun(2, *flags(synthetic, run_dir, train__save_every_steps=1, **more)), cwd=tmp_path)
     assert done.returncode != 0
     record = json.loads((run_dir / "logs" / "not_finite.json").read_text())
-    assert done.stderr.count(f"step {record['step']}: train/loss is") == 1
+    assert done.stderr.count(f"error: step {record['step']}: train/loss is") == 1
     assert len(set(record["identities"])) == 8
     saved = sorted((run_dir / "checkpoints").iterdir())
     assert [folder.name for folder in saved[-1:]] == [f"step-{record['step'] - 1:08d}"]
@@ -263,4 +263,4 @@ def test_what_goes_wrong_on_another_rank_alone_is_said_by_it(synthetic, tmp_path
 def test_under_torchrun_rank_0_alone_says_what_is_wrong(synthetic, tmp_path):
     done = run(*torchrun(2, *flags(synthetic, tmp_path / "run", train__global_pairs=7)), cwd=tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count("train.global_pairs: expected a multiple of the 2 processes, got 7") == 1
+    assert done.stderr.count("error: train.global_pairs: expected a multiple of the 2 processes, got 7") == 1
