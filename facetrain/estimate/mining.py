@@ -16,7 +16,7 @@ from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.collectives import Collective
 from facetrain.estimate.network import Network, measure_embedding
 from facetrain.mining.mode import choose_mode
-from facetrain.mining.neighbours import NEIGHBOURS, graph_pays
+from facetrain.mining.neighbours import graph_pays, neighbours_needed
 from facetrain.mining.round import num_random_classes, subset_size
 
 _PICK_US = 40.0
@@ -78,7 +78,7 @@ def _embedding_work(config: Config, cluster: Cluster, network: Network, mode: st
     has_graph = mode == "gathered" and graph_pays(C, size, _num_mined(config), mining.batches_per_round)
     graph_s = _graph_seconds(cluster, C, D) if has_graph else 0.0
     if has_graph:
-        collectives += _graph_collectives(C, min(NEIGHBOURS, C), W, rate)
+        collectives += _graph_collectives(C, neighbours_needed(C, size, _num_mined(config)), W, rate)
     pick_s = 1e-6 * _PICK_US if has_graph else _greedy_pick_seconds(cluster, size, D)
     return MiningWork(
         mode=mode,
