@@ -25,7 +25,7 @@ from torch import nn
 from facetrain.command_line import config_yaml, load_config
 from facetrain.config import Config
 from facetrain.engine import Engine
-from facetrain.models import build_backbone
+from facetrain.models import Backbone, build_backbone
 from facetrain.world import World
 
 ArrayT = TypeVar("ArrayT")
@@ -132,7 +132,7 @@ def save_config(config: Config, folder: Path) -> None:
     os.replace(folder / ".config.tmp", folder / "config.yaml")
 
 
-def load_backbone(run: Path) -> tuple[nn.Module, Config]:
+def load_backbone(run: Path) -> tuple[Backbone, Config]:
     """Build the backbone of a run and load its weights, on the CPU.
 
     Args:

@@ -95,42 +95,94 @@ def _lfw(argv: Sequence[str]) -> None:
     """Evaluate weights or embeddings on LFW."""
     parser = new_parser("facetrain lfw", "Evaluate on LFW: verification, closed-set and open-set identification.")
     parser.add_argument("--checkpoint", type=str, help="run folder or .safetensors file whose network embeds --images")
-    parser.add_argument("--images", nargs="+", type=str, help="folder of Name/Name_0001.jpg, or tars of it")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=str,
+        help="folder of Name/Name_0001.jpg, or tars of it; with --embeddings they are shown in the report",
+    )
     parser.add_argument("--embeddings", type=str, help=".npz with names and embeddings, instead of --checkpoint")
     parser.add_argument("--pairs", type=str, required=True, help="LFW's pairs.txt, or a list of that form")
     parser.add_argument("--open-set-people", type=str, help="list of the people of open-best-rowden")
     parser.add_argument("--no-mirror", action="store_true", help="don't add the embedding of the mirrored image")
     parser.add_argument("--draws", type=int, default=1, help="seeded draws of the probes of open-best-rowden")
     parser.add_argument("--dataset", type=str, default="lfw", help="name of the set; with 'lfw' its counts are checked")
+    parser.add_argument("--distractors", nargs="+", type=str, help=".npy embeddings of strangers for every gallery")
+    parser.add_argument("--search", choices=("exact", "ivf"), default="exact", help="of distractors; ivf is FAISS's")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one")
-    parser.add_argument("--out", type=str, required=True, help="folder for results.json and figures")
+    parser.add_argument("--out", type=str, required=True, help="folder for results.json, report.html and figures")
     args = parse_arguments(parser, argv)
     if (args.checkpoint is None) == (args.embeddings is None):
         raise ValueError("facetrain lfw: expected either --checkpoint with --images, or --embeddings")
-    if (args.checkpoint is None) != (args.images is None):
-        raise ValueError("facetrain lfw: --checkpoint and --images go together")
+    if args.checkpoint is not None and args.images is None:
+        raise ValueError("facetrain lfw: --checkpoint goes with --images")
     if args.draws < 1:
         raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
-    from facetrain.evaluate import evaluate_checkpoint, evaluate_embeddings
+    if args.search != "exact" and args.distractors is None:
+        raise ValueError("--search: goes with --distractors")
+    from facetrain.evaluate import Distractors, evaluate_checkpoint, evaluate_embeddings
 
     lists = {
         "pairs": Path(args.pairs),
         "open_set_people": Path(args.open_set_people) if args.open_set_people else None,
         "draws": args.draws,
         "dataset": args.dataset,
+        "distractors": Distractors(files=tuple(map(Path, args.distractors or ())), search=args.search),
+        "device": args.device,
         "out": Path(args.out),
     }
+    images = [Path(path) for path in args.images or ()]
     if args.embeddings is not None:
-        evaluate_embeddings(Path(args.embeddings), **lists)
+        evaluate_embeddings(Path(args.embeddings), images, **lists)
+    else:
+        evaluate_checkpoint(Path(args.checkpoint), images, mirror=not args.no_mirror, **lists)
+
+
+def _retrieval(argv: Sequence[str]) -> None:
+    """Evaluate retrieval and clustering on any labelled set."""
+    parser = new_parser("facetrain retrieval", "Recall@K, MAP@R, kNN, M negatives; k-means: NMI and F1.")
+    parser.add_argument("--checkpoint", type=str, help="run folder or .safetensors file whose network embeds --images")
+    parser.add_argument("--images", nargs="+", type=str, help="folder with a folder per class, or tars of that")
+    parser.add_argument("--embeddings", type=str, help=".npz with names and embeddings, instead of --checkpoint")
+    parser.add_argument("--recall-at", nargs="+", type=int, help="K of Recall@K; by default 1 2 4 8 10 100")
+    parser.add_argument("--negatives", nargs="+", type=int, help="M of M other classes; by default 1 9 99 999")
+    parser.add_argument("--clusterings", type=int, default=10, help="runs of k-means; 0 leaves clustering out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of negatives and of k-means")
+    parser.add_argument("--no-mirror", action="store_true", help="don't add the embedding of the mirrored image")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one")
+    parser.add_argument("--out", type=str, required=True, help="folder for results.json")
+    args = parse_arguments(parser, argv)
+    if (args.checkpoint is None) == (args.embeddings is None) or (args.checkpoint is None) != (args.images is None):
+        raise ValueError("facetrain retrieval: expected either --checkpoint with --images, or --embeddings")
+    if args.clusterings < 0:
+        raise ValueError(f"--clusterings: expected 0 or more, got {args.clusterings}")
+    from facetrain.retrieve import RetrievalSettings, retrieval_of_checkpoint, retrieval_of_embeddings
+
+    settings = RetrievalSettings(
+        recall_at=tuple(args.recall_at or ()),
+        negatives=tuple(args.negatives or ()),
+        clusterings=args.clusterings,
+        seed=args.seed,
+    )
+    common = {"device": args.device, "out": Path(args.out)}
+    if args.embeddings is not None:
+        retrieval_of_embeddings(Path(args.embeddings), settings, **common)
     else:
         images = [Path(path) for path in args.images]
-        evaluate_checkpoint(Path(args.checkpoint), images, mirror=not args.no_mirror, device=args.device, **lists)
+        retrieval_of_checkpoint(Path(args.checkpoint), images, settings, mirror=not args.no_mirror, **common)
 
 
-_COMMANDS: dict[str, Command] = {"synth": _synth, "pack": _pack, "train": _train, "check": _check, "lfw": _lfw}
+_COMMANDS: dict[str, Command] = {
+    "synth": _synth,
+    "pack": _pack,
+    "train": _train,
+    "check": _check,
+    "lfw": _lfw,
+    "retrieval": _retrieval,
+}
 
 _USAGE = "usage: facetrain COMMAND ...\n\n" + "\n".join(
-    f"  {name:8}{command.__doc__}" for name, command in _COMMANDS.items()
+    f"  {name:10}{command.__doc__}" for name, command in _COMMANDS.items()
 )
 
 

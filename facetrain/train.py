@@ -30,9 +30,8 @@ from facetrain.data.plan import Plan, count_draws, pairs_per_rank
 from facetrain.data.shards import ShardSet
 from facetrain.data.split import IdentitySplit, split_identities
 from facetrain.engine import Engine, learning_rate_at
-from facetrain.evaluation.figures import save_figures
 from facetrain.evaluation.judge import Judge, Judgement
-from facetrain.evaluation.report import format_table, write_results
+from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.losses.npair import NPairLoss
 from facetrain.mining.miner import Miner
 from facetrain.models import build_backbone, convert_sync_batchnorm
@@ -279,9 +278,9 @@ class Run:
             save_weights(self.engine.backbone, self.config, path)
             if judgement.evaluation is not None:
                 sys.stdout.write(format_table(judgement.evaluation))
-                save_figures(judgement.evaluation, path / "figures")
+                write_report(judgement.evaluation, path, subject=str(path), read_picture=self.judge.read_picture)
             write_results(judgement.results(), path)
-            self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "figures")
+            self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "report.html", path / "figures")
             if state.best_step >= 0:
                 best = checkpoint_folder(path, state.best_step)
                 log.info(f"best      {best}  heldout verification {state.best_accuracy:.2%}")

@@ -7,7 +7,7 @@ from commands import assert_user_error, facetrain, run
 import facetrain as package
 from facetrain.cli import main
 
-COMMANDS = ["synth", "pack", "train", "check", "lfw"]
+COMMANDS = ["synth", "pack", "train", "check", "lfw", "retrieval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,6 +53,11 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["lfw", "--pairs", "p.txt", "--out", "o", "--embeddings", "nowhere.npz"], ["nowhere.npz"]),
         (["lfw", "--pairs", "p.txt", "--out", "o", "--checkpoint", "nowhere", "--images", "i"], ["nowhere"]),
         (["lfw", "--embeddings", "e.npz", "--out", "o"], ["pairs"]),
+        (["lfw", "--embeddings", "e.npz", "--pairs", "p", "--out", "o", "--search", "ivf"], ["--distractors"]),
+        (["retrieval", "--out", "o"], ["--checkpoint", "--embeddings"]),
+        (["retrieval", "--out", "o", "--embeddings", "e.npz", "--images", "i"], ["--checkpoint"]),
+        (["retrieval", "--out", "o", "--embeddings", "nowhere.npz"], ["nowhere.npz"]),
+        (["retrieval", "--out", "o", "--embeddings", "e.npz", "--clusterings", "-1"], ["--clusterings", "-1"]),
     ],
 )
 def test_a_users_error_is_one_line_and_code_2(

@@ -46,19 +46,38 @@ def decode_augmented(data: bytes, config: DataConfig, seed: int, name: str) -> n
     return _cut(_decode(data, config, name), config, draw_augmentation(seed, config))
 
 
+def thumbnail(data: bytes, side_px: int, name: str) -> bytes:
+    """Return an image as a small square JPEG for a person to look at: its centre, in colour, without metadata.
+
+    Args:
+        data: Anything that OpenCV reads.
+        side_px: Side of the square.
+        name: How an error calls the image.
+
+    Raises:
+        ValueError: The bytes are no image.
+    """
+    square = _resized(_read_image(data, cv2.IMREAD_COLOR, name), side_px)
+    return bytes(cv2.imencode(".jpg", square)[1].tobytes())
+
+
 _UNCHANGED = Augmentation()
 
 
 def _decode(data: bytes, config: DataConfig, name: str) -> Any:
     """Return uint8 [shard_px, shard_px, 3], or [shard_px, shard_px] for grey, which JPEG decodes at once."""
     flag = cv2.IMREAD_COLOR_RGB if config.colour == "rgb" else cv2.IMREAD_GRAYSCALE
+    return _resized(_read_image(data, flag, name), config.shard_px)
+
+
+def _read_image(data: bytes, flag: int, name: str) -> Any:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error:  # an empty buffer, or an image beyond OpenCV's size limits; other bytes give None
         image = None
     if image is None:
         raise ValueError(f"{name}: expected an image, got {len(data)} bytes that can't be decoded")
-    return _resized(image, config.shard_px)
+    return image
 
 
 def _cut(image: Any, config: DataConfig, change: Augmentation) -> npt.NDArray[np.uint8]:

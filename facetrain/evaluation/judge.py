@@ -1,6 +1,6 @@
 """What a run is judged on: pairs of held-out identities, and an evaluation set where one is configured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from facetrain.config import Config, EvalConfig
-from facetrain.data.decode import decode_face
+from facetrain.data.decode import decode_face, thumbnail
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.split import HeldoutPairs, IdentitySplit, heldout_pairs
 from facetrain.embed import embed_images
+from facetrain.evaluation.html_report import ReadPicture
+from facetrain.evaluation.inputs import ImageKey, face_set, image_name
 from facetrain.evaluation.lfw import Evaluation, check_inputs, evaluate, metrics
 from facetrain.evaluation.verification import verify
 from facetrain.world import World
+
+PICTURE_PX = 112
+"""Side of the pictures in a report."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Judge:
             for i, name in enumerate(faces.names):
                 decode_face(faces.read(i), config.data, name)
         return cls(config=config, shards=shards, heldout=heldout, faces=faces)
+
+    @property
+    def read_picture(self) -> ReadPicture | None:
+        """What gives a report the pictures of the evaluation set."""
+        return pictures_of(self.faces, self.faces.names) if self.faces else None
 
     def judge(self, backbone: nn.Module, world: World, *, progress: bool = False) -> Judgement:
         """Embed all that is judged over all ranks, and compute the figures on rank 0; every rank must call it.
@@ -164,3 +174,27 @@ def embed_faces(
         progress="embed" if progress else None,
     )
     return embeddings.cpu().numpy()
+
+
+def pictures_of(faces: FaceSource, names: Sequence[str]) -> ReadPicture:
+    """Return what gives a report the pictures of an evaluated set.
+
+    Args:
+        faces: Where the pictures are.
+        names: The evaluated images, each of which must be among them; folders and suffixes may differ.
+
+    Raises:
+        ValueError: An image isn't there, or a name isn't one of a person's image, such as `Name_0001`.
+    """
+    row_of = face_set(faces.names).row_of
+    missing = sorted(set(face_set(names).row_of) - set(row_of))
+    if missing:
+        raise ValueError(
+            f"images: {len(missing):,} evaluated images are not among them, such as {image_name(missing[0])}"
+        )
+
+    def read(key: ImageKey) -> bytes:
+        row = row_of[key]
+        return thumbnail(faces.read(row), PICTURE_PX, faces.names[row])
+
+    return read

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facetrain.evaluation import protocols
+from facetrain.evaluation.distractors import DistractorScores
 from facetrain.evaluation.identification import ClosedSet, Embeddings, OpenSet
 from facetrain.evaluation.inputs import FaceSet, PairList, face_set, read_pairs, read_people, unit_vectors
 from facetrain.evaluation.protocols import CannotRunError, Mask
@@ -32,12 +33,16 @@ class Evaluation:
     num_people: int
     embedding_dim: int
     verification: Verification
+    pairs: PairList
+    """The pairs of verification, in the order of its scores."""
     closed: Mapping[str, tuple[ClosedSet, ...]]
     """By protocol."""
     open: Mapping[str, tuple[OpenSet, ...]]
     """By protocol; those of open-counts are `open-counts/<group of impostors>`."""
     not_run: Mapping[str, str]
     """By protocol: what it needs."""
+    distractors: DistractorScores | None = None
+    """The crowd that is in every gallery; None where there is none."""
 
     @property
     def results(self) -> dict[str, Any]:
@@ -50,6 +55,8 @@ class Evaluation:
                 results.setdefault(protocol, {"rank1": draws[0].rank1})[group] = _open_figures(draws)
             else:
                 results[protocol] = _averaged([{"rank1": draw.rank1} for draw in draws]) | _open_figures(draws)
+        if self.distractors:
+            results["distractors"] = self.distractors.figures()
         return results
 
 
@@ -77,6 +84,7 @@ def evaluate(
     draws: int = 1,
     dataset: str = "lfw",
     seed: int = 0,
+    distractors: DistractorScores | None = None,
 ) -> Evaluation:
     """Run every protocol for which the inputs are there.
 
@@ -88,6 +96,7 @@ def evaluate(
         draws: 1 holds out the lowest-numbered image in open-best-rowden; R > 1 gives mean and std of R random choices.
         dataset: `lfw` demands the published counts of LFW; with another name they are whatever they are.
         seed: seed of the draws.
+        distractors: how the images score against a crowd, which is then added to every gallery of identification.
 
     Raises:
         ValueError: inputs that don't fit together, by file and culprit.
@@ -100,15 +109,20 @@ def evaluate(
     scores = np.einsum("nd,nd->n", embeddings[rows_n2[:, 0]], embeddings[rows_n2[:, 1]])
     closed, not_run = _closed_protocols(faces, embeddings, listed, is_lfw=dataset == "lfw", seed=seed)
     opened, open_not_run = _open_protocols(faces, embeddings, listed, draws, seed)
+    if distractors:
+        closed = {name: tuple(map(distractors.in_closed_set, outcomes)) for name, outcomes in closed.items()}
+        opened = {name: tuple(map(distractors.in_open_set, outcomes)) for name, outcomes in opened.items()}
     return Evaluation(
         dataset=dataset,
         num_images=len(faces.person),
         num_people=len(faces.people),
         embedding_dim=embeddings.shape[1],
         verification=verify(scores, pair_list.is_genuine, pair_list.fold),
+        pairs=pair_list,
         closed=closed,
         open=opened,
         not_run=not_run | open_not_run,
+        distractors=distractors,
     )
 
 

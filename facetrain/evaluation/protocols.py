@@ -53,10 +53,11 @@ def closed_surrogate(faces: FaceSet, embeddings: Embeddings, listed: Mask, seed:
         rng = np.random.default_rng([seed, draw])
         drawn[rng.choice(others, SURROGATE_PEOPLE - int(listed.sum()), replace=False)] = True
     gallery, probes = faces.place == 0, listed[faces.person] & (faces.place > 0)
-    ranks_RP = rank_probes_in_draws(
+    ranks_RP, own_scores_P = rank_probes_in_draws(
         embeddings[probes], faces.person[probes], embeddings[gallery], faces.person[gallery], drawn_RK
     )
-    return tuple(ClosedSet(ranks=ranks, gallery=SURROGATE_PEOPLE) for ranks in ranks_RP)
+    probe_rows = np.flatnonzero(probes)
+    return tuple(ClosedSet(ranks, SURROGATE_PEOPLE, own_scores_P, probe_rows) for ranks in ranks_RP)
 
 
 def open_best_rowden(
@@ -107,8 +108,8 @@ def open_counts(faces: FaceSet, embeddings: Embeddings) -> dict[str, OpenSet]:
 def _closed(faces: FaceSet, embeddings: Embeddings, gallery: Mask, probes: Mask) -> ClosedSet:
     if not probes.any():
         raise CannotRunError("needs people with two or more images")
-    ranks, _ = _rank(faces, embeddings, gallery, probes)
-    return ClosedSet(ranks=ranks, gallery=int(gallery.sum()))
+    ranks, own_scores = _rank(faces, embeddings, gallery, probes)
+    return ClosedSet(ranks, int(gallery.sum()), own_scores, probe_rows=np.flatnonzero(probes))
 
 
 def _open(
@@ -121,7 +122,11 @@ def _open(
     best = np.full(len(faces.person), np.nan, dtype=np.float32)
     anybody = np.logical_or.reduce(impostors)
     best[anybody] = best_scores(embeddings[anybody], embeddings[gallery])
-    return [OpenSet(ranks, own_scores, best[group], gallery=int(gallery.sum())) for group in impostors]
+    num_gallery, probe_rows = int(gallery.sum()), np.flatnonzero(genuine)
+    return [
+        OpenSet(ranks, own_scores, best[group], num_gallery, probe_rows, impostor_rows=np.flatnonzero(group))
+        for group in impostors
+    ]
 
 
 def _rank(

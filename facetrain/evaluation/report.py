@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation: a table on the terminal, results.json and figures in a folder."""
+"""What a person reads of an evaluation: a table on the terminal, and in a folder results.json, figures and a page."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from facetrain.evaluation.distractors import DistractorScores
 from facetrain.evaluation.figures import save_figures
+from facetrain.evaluation.html_report import ReadPicture, write_html
 from facetrain.evaluation.identification import ClosedSet, OpenSet
 from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation, evaluate
 
@@ -28,23 +30,36 @@ def evaluate_to_folder(
     draws: int = 1,
     dataset: str = "lfw",
     seed: int = 0,
+    distractors: DistractorScores | None = None,
+    subject: str = "",
+    read_picture: ReadPicture | None = None,
 ) -> Evaluation:
-    """Evaluate, print the table, and write `results.json` and `figures/*.png` into the folder `out`.
+    """Evaluate, print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`.
 
-    Arguments and errors are those of `evaluate`.
+    Arguments and errors are those of `evaluate`; `subject` and `read_picture` are those of `write_html`.
     """
     evaluation = evaluate(
-        names, embeddings, pairs=pairs, open_set_people=open_set_people, draws=draws, dataset=dataset, seed=seed
+        names,
+        embeddings,
+        pairs=pairs,
+        open_set_people=open_set_people,
+        draws=draws,
+        dataset=dataset,
+        seed=seed,
+        distractors=distractors,
     )
-    write_report(evaluation, out)
+    write_report(evaluation, out, subject=subject, read_picture=read_picture)
+    write_results(evaluation.results, out)
     sys.stdout.write(format_table(evaluation))
     return evaluation
 
 
-def write_report(evaluation: Evaluation, out: Path) -> None:
-    """Write `results.json` and `figures/*.png` into the folder `out`, made if missing."""
-    save_figures(evaluation, out / "figures")
-    write_results(evaluation.results, out)
+def write_report(
+    evaluation: Evaluation, out: Path, *, subject: str = "", read_picture: ReadPicture | None = None
+) -> None:
+    """Write `report.html` and `figures/*.png` into the folder `out`, made if missing; see `write_html`."""
+    figures = save_figures(evaluation, out / "figures")
+    write_html(evaluation, out / "report.html", figures=figures, subject=subject, read_picture=read_picture)
 
 
 def write_results(results: Mapping[str, Any], out: Path) -> None:
@@ -67,6 +82,8 @@ def format_table(evaluation: Evaluation) -> str:
         "",
         *_open_lines(evaluation),
     ]
+    if evaluation.distractors:
+        lines += ["", f"distractors: {evaluation.distractors.describe()}"]
     if evaluation.not_run:
         lines.append("")
         lines += [f"not run: {name} {needs}" for name, needs in evaluation.not_run.items()]

@@ -44,6 +44,10 @@ class Verification:
     auc: float
     """The area under the ROC."""
     roc: Roc
+    scores: NDArray[np.float64]
+    """[n], the score of each pair, in the order in which the pairs were given."""
+    is_genuine: NDArray[np.bool_]
+    """[n], whether a pair shows one person."""
 
     def figures(self) -> dict[str, float]:
         """Return the figures by their metric keys; a VR whose FAR can't be resolved has no key."""
@@ -88,6 +92,8 @@ def verify(scores: FloatArray, is_genuine: ArrayLike, fold: ArrayLike) -> Verifi
         eer=equal_error_rate(roc),
         auc=area_under_curve(genuine, impostor),
         roc=roc,
+        scores=scores,
+        is_genuine=genuine_n,
     )
 
 

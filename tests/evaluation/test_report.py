@@ -25,7 +25,8 @@ def drawn_evaluation(folder: Path, *, num_people: int = 120, draws: int = 1) -> 
 def test_folder_holds_results_and_figures(tmp_path: Path, draws: int) -> None:
     evaluation = drawn_evaluation(tmp_path, draws=draws)
     written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-    assert written == ["figures/cmc.png", "figures/dir_over_far.png", "figures/roc.png", "results.json"]
+    figures = [f"figures/{name}.png" for name in ("cmc", "det", "dir_over_far", "open_scores", "roc", "scores")]
+    assert written == [*figures, "report.html", "results.json"]
     assert all(file.read_bytes().startswith(PNG) for file in (tmp_path / "out" / "figures").iterdir())
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == evaluation.results
 
@@ -34,7 +35,7 @@ def test_a_protocol_that_was_not_run_has_no_figure(tmp_path: Path) -> None:
     names, embeddings = tied_set(0)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
     evaluate_to_folder(names, embeddings, pairs=pairs, open_set_people=None, out=tmp_path, dataset="drawn")
-    assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["cmc.png", "roc.png"]
+    assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == ["cmc", "det", "roc", "scores"]
 
 
 @pytest.mark.filterwarnings("error")
