@@ -12,10 +12,10 @@ time includes its own measurement of recall.
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,8 +75,9 @@ def main() -> None:
         print(f"{'search':12}{'s':>9}{'scores/s':>12}{'peak MiB':>10}{'before':>9}{'agree':>9}")
         outcomes, exact = [], np.empty(0)
         for name in cases:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                best, seconds, before, peak = pool.apply(measure, (cases[name], file, args.probes, args.width))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                done = process.submit(measure, cases[name], file, args.probes, args.width)
+                best, seconds, before, peak = done.result()
             exact = best if name == "exact" else exact
             agree = float(np.mean(np.abs(best[:, 0] - exact[:, 0]) < 1e-5))
             case = Case(name, seconds, args.probes * args.distractors / seconds, peak, before, agree)
@@ -140,8 +141,9 @@ def run_faiss_flat(probes: NDArray[np.float32], crowd: Crowd) -> NDArray[np.floa
 
 
 def peak_mib() -> float:
-    """Return this process's highest resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return this process's highest resident memory so far (getrusage would count that of its parent too)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _draw_histograms(
     for number, (label, threshold) in enumerate(thresholds.items()):
         axes.axvline(threshold, color="0.2", linewidth=1, linestyle=_DASHES[number], label=f"threshold of {label}")
     axes.set(xlabel="score (cosine similarity)", ylabel="share of the pairs or probes of a kind")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.35 * axes.dataLim.ymax)  # room for the legend
 
 
 def _draw_dir(axes: "Axes", evaluation: Evaluation) -> None:

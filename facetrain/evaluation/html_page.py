@@ -117,4 +117,5 @@ th details p { white-space: normal; width: clamp(14rem, 40vw, 26rem); font-weigh
 .pair p { margin: 0.3rem 0 0; font-size: 0.8rem; line-height: 1.35; }
 .pair .score { font-weight: 600; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 footer { margin-top: 3rem; }
+@media (max-width: 40rem) { th, td { padding: 0.4rem 0.5rem; } table { font-size: 0.85rem; } }
 """

@@ -114,7 +114,7 @@ def _verification(evaluation: Evaluation) -> list[Html]:
     return [
         text(f"{len(outcome.scores):,} pairs in {pairs.num_folds} folds, {pairs.path.name}", css="quiet"),
         table(["measure", "figure", "rests on"], rows),
-        folded("Each fold", table(["fold", "accuracy", "threshold (chosen on the other folds)"], folds)),
+        folded("Each fold", table(["fold", "accuracy", "threshold"], folds)),
     ]
 
 
