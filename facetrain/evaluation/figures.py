@@ -33,7 +33,9 @@ def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
     A figure whose protocols were not run is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Drawing] = {"roc": _draw_roc}
+    drawings: dict[str, Drawing] = {}
+    if evaluation.verification:
+        drawings["roc"] = _draw_roc
     if evaluation.open:
         drawings["dir_over_far"] = _draw_dir
     if evaluation.closed:
@@ -43,6 +45,7 @@ def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 def _draw_roc(axes: "Axes", evaluation: Evaluation) -> tuple[float, float]:
     outcome = evaluation.verification
+    assert outcome is not None  # save_figures leaves it out otherwise
     shown = outcome.roc.far > 0  # what a log axis can show
     far, vr = outcome.roc.far[shown], outcome.roc.vr[shown]
     axes.step(far, vr, where="post", color=_COLOURS[0], label=f"verification: AUC {outcome.auc:.4f}")

@@ -26,6 +26,8 @@ class ClosedSet:
     """From 1, which is best."""
     gallery: int
     """Gallery images."""
+    people: NDArray[np.int64]
+    """The person of each probe."""
 
     def rank_rate(self, rank: int) -> float:
         """Return the share of probes of this rank or better, in [0, 1]."""
@@ -53,6 +55,10 @@ class OpenSet:
     """Best score of anybody in the gallery for each impostor probe."""
     gallery: int
     """Gallery images."""
+    people: NDArray[np.int64]
+    """The person of each genuine probe."""
+    impostor_people: NDArray[np.int64]
+    """The person of each impostor probe."""
 
     @property
     def rank1(self) -> float:
@@ -88,9 +94,13 @@ class OpenSet:
             "far_realised": rate.point.far_realised,
         }
 
+    def found(self, threshold: float, rank: int = 1) -> NDArray[np.bool_]:
+        """Return which genuine probes are found at this rank or better with a score of the threshold or above."""
+        return (self.ranks <= rank) & (self.own_scores >= np.float64(threshold))
+
     def _rate(self, point: OperatingPoint, rank: int) -> AcceptRate:
-        accepted = (self.ranks <= rank) & (self.own_scores >= np.float64(point.threshold))
-        return AcceptRate(float(accepted.mean()), len(accepted), point)
+        found = self.found(point.threshold, rank)
+        return AcceptRate(float(found.mean()), len(found), point)
 
 
 def rank_probes(

@@ -26,6 +26,8 @@ def open_set(seed: int, num_impostors: int = 150) -> OpenSet:
         own_scores=(rng.integers(0, 12, 80) / np.float32(11)).astype(np.float32),
         impostor_scores=(rng.integers(-2, 11, num_impostors) / np.float32(11)).astype(np.float32),
         gallery=30,
+        people=np.arange(80),
+        impostor_people=np.arange(num_impostors),
     )
 
 
@@ -66,7 +68,7 @@ def test_a_collapsed_model_has_rank1_zero(width: int) -> None:
     faces = np.tile((face / np.linalg.norm(face)).astype(np.float32), (1481, 1))
     ranks, _ = rank_probes(faces[:3], np.arange(3), faces, np.arange(1481))
     assert ranks.tolist() == [1481] * 3
-    assert ClosedSet(ranks=ranks, gallery=1481).rank_rate(1) == 0.0
+    assert ClosedSet(ranks=ranks, gallery=1481, people=np.arange(3)).rank_rate(1) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,7 +79,7 @@ def test_best_score_is_the_maximum_over_the_gallery(seed: int) -> None:
 
 
 def test_cmc_counts_ranks() -> None:
-    outcome = ClosedSet(ranks=np.array([1, 1, 3, 9]), gallery=9)
+    outcome = ClosedSet(ranks=np.array([1, 1, 3, 9]), gallery=9, people=np.arange(4))
     assert outcome.cmc(5).tolist() == [0.5, 0.5, 0.75, 0.75, 0.75]
     assert outcome.figures() == {"rank1": 0.5, "rank5": 0.75}
 
