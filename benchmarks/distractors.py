@@ -110,7 +110,7 @@ def measure(search: Search, file: Path, num_probes: int, width: int) -> tuple[ND
     """Run one case in this process: what it found, seconds, and resident memory before and at its highest."""
     names = [str(row) for row in range(num_probes)]
     probes = unit_vectors(names, draw(np.random.default_rng(2), num_probes, width))
-    crowd = open_crowd([file], width)
+    crowd = open_crowd([file])
     before = peak_mib()
     start = time.perf_counter()
     best = search(probes, crowd)

@@ -43,8 +43,8 @@ class TrainState:
     """Times that each trained identity was in a batch."""
     mined: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     """Mined batches that are still to come: step -> identities [N]."""
-    best_accuracy: float = -1.0
-    """Highest held-out verification accuracy so far."""
+    best_value: float = -1.0
+    """Highest value of `eval.best_metric` so far."""
     best_step: int = -1
     """The step that has it; -1 before the first evaluation."""
     shards_sha256: str = ""

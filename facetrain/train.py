@@ -239,10 +239,12 @@ class Run:
         save_checkpoint(self.folder.path, self.engine, self.state, self.config, self.world)
 
     def _log_judgement(self, judgement: Judgement) -> None:
-        """Record how good the network is; the best is chosen by held-out accuracy, never by the evaluation set."""
-        accuracy = judgement.heldout.get("accuracy", -1.0)
-        if accuracy > self.state.best_accuracy:
-            self.state.best_accuracy, self.state.best_step = accuracy, self.state.step
+        """Record how good the network is, and whether it is the best so far by `eval.best_metric`."""
+        best_metric, figures = self.config.eval.best_metric, judgement.metrics()
+        if best_metric in figures and figures[best_metric] > self.state.best_value:
+            self.state.best_value, self.state.best_step = figures[best_metric], self.state.step
+        elif figures and best_metric not in figures:
+            log.warning(f"eval.best_metric: {best_metric} was not measured, so no checkpoint is the best")
         self._report(judgement)
 
     def _report(self, judgement: Judgement) -> None:
@@ -258,6 +260,11 @@ class Run:
         log.info(split.describe())
         if split.unknown_names:
             log.warning(f"data.exclude: not in the shards: {', '.join(split.unknown_names)}")
+        if config.eval.chooses_on_test:
+            log.warning(
+                f"eval.best_metric: {config.eval.best_metric} is what LFW is published on; choosing by it makes the"
+                " figure of the best checkpoint optimistic. heldout/accuracy and lfw/view1/accuracy are there for that"
+            )
         log.info(f"{config.model.name}: {parameters / 1e6:.2f} million parameters, on {world.device}")
         log.info(
             f"{pairs} pairs a step = {world.world_size} ranks x {pairs // world.world_size};"
@@ -283,7 +290,7 @@ class Run:
             self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "report.html", path / "figures")
             if state.best_step >= 0:
                 best = checkpoint_folder(path, state.best_step)
-                log.info(f"best      {best}  heldout verification {state.best_accuracy:.2%}")
+                log.info(f"best      {best}  {self.config.eval.best_metric} {state.best_value:.2%}")
             log.info(f"run       {path}")
             log.info(f"weights   {path / 'model.safetensors'}")
             log.info(f"results   {path / 'results.json'}")

@@ -46,6 +46,29 @@ def decode_augmented(data: bytes, config: DataConfig, seed: int, name: str) -> n
     return _cut(_decode(data, config, name), config, draw_augmentation(seed, config))
 
 
+def decode_photograph(data: bytes, name: str) -> npt.NDArray[np.uint8]:
+    """Decode an image file as it is, uint8 [H, W, 3], RGB.
+
+    Raises:
+        ValueError: The bytes are no image.
+    """
+    return _read_image(data, cv2.IMREAD_COLOR_RGB, name)  # type: ignore[no-any-return]
+
+
+def present_face(face: npt.NDArray[np.uint8], config: DataConfig) -> npt.NDArray[np.uint8]:
+    """Turn a face that is already in memory, as alignment leaves it, into what the network sees.
+
+    Args:
+        face: uint8 [H, W, 3], RGB.
+        config: As for `decode_face`.
+
+    Returns:
+        As `decode_face`.
+    """
+    image = face if config.colour == "rgb" else cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
+    return _cut(_resized(image, config.shard_px), config, _UNCHANGED)
+
+
 def thumbnail(data: bytes, side_px: int, name: str) -> bytes:
     """Return an image as a small square JPEG for a person to look at: its centre, in colour, without metadata.
 

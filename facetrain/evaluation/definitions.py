@@ -52,6 +52,20 @@ DEFINITIONS: Mapping[str, str] = {
         " the impostor probes' best scores, k = floor(FAR x impostor probes + 0.5); ties can raise the realised"
         " FAR."
     ),
+    "insightface": (
+        "Verification as InsightFace's code counts it, to compare with figures printed by it: squared distances, the"
+        " threshold on a grid (0.01 for accuracy, 0.001 for VAL), and the population standard deviation of the folds."
+        " The exact figures are those above."
+    ),
+    "view1": (
+        "LFW's lists to choose models by: the threshold is the best one of pairsDevTrain.txt, the accuracy that of"
+        " pairsDevTest.txt, with its binomial standard error."
+    ),
+    "blufr": (
+        "Liao et al., IJCB 2014: in each of ten trials every pair of test images is scored for VR, and a gallery of"
+        " 1,000 people with one image each is searched for genuine and impostor probes. std is the sample standard"
+        " deviation over the trials; the benchmark's own figure is mean - std."
+    ),
 }
 """By protocol or measure."""
 

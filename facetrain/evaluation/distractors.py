@@ -109,23 +109,25 @@ class DistractorScores:
         return above
 
 
-def open_crowd(files: Sequence[Path], embedding_dim: int) -> Crowd:
+def open_crowd(files: Sequence[Path]) -> Crowd:
     """Open .npy files of embeddings, [rows, D] each, in any float type; nothing in them is ever unpickled.
 
     Raises:
-        ValueError: A file that is no such array, or of another width; the message names it.
+        ValueError: A file that is no such array, or not as wide as the first; the message names it.
         FileNotFoundError: There is no such file.
     """
     blocks: list[Block] = []
-    first = 0
+    first, width = 0, _shape(files[0])[1]
     for file in files:
-        num_rows = _num_rows(file, embedding_dim)
+        num_rows, file_width = _shape(file)
+        if file_width != width:
+            raise ValueError(f"{file}: expected embeddings {width} wide, as in {files[0]}, got {file_width}")
         for start in range(0, num_rows, BLOCK_ITEMS):
             blocks.append(Block(file, start, min(start + BLOCK_ITEMS, num_rows), first + start))
         first += num_rows
     if not blocks:
         raise ValueError(f"distractors: expected embeddings in {', '.join(map(str, files))}, got none")
-    return Crowd(blocks=tuple(blocks), embedding_dim=embedding_dim)
+    return Crowd(blocks=tuple(blocks), embedding_dim=width)
 
 
 def search_crowd(
@@ -138,14 +140,17 @@ def search_crowd(
 
     Args:
         embeddings: float32 [n, D], unit vectors.
-        crowd: As wide as the embeddings.
+        crowd: The distractors.
         world: Its device does the products.
         search: exact, or FAISS IVF, which pays at tens of millions.
         progress: Show a progress bar on rank 0's terminal.
 
     Raises:
-        ValueError: An embedding of the crowd can't be used, or FAISS is asked for and isn't installed.
+        ValueError: The crowd is of another width, an embedding of it can't be used, or FAISS isn't installed.
     """
+    if crowd.embedding_dim != embeddings.shape[1]:
+        file, expected = crowd.blocks[0].file, embeddings.shape[1]
+        raise ValueError(f"{file}: expected embeddings {expected} wide, got {crowd.embedding_dim}")
     if search == "ivf" and not has_faiss():
         raise ValueError("--search ivf: faiss is not installed; expected what pip install 'facetrain[faiss]' brings")
     queries_nD = torch.from_numpy(embeddings).to(world.device)
@@ -218,17 +223,15 @@ def _recall(found_nK: Tensor, true_nK: Tensor) -> dict[str, float]:
     return recall
 
 
-def _num_rows(file: Path, embedding_dim: int) -> int:
+def _shape(file: Path) -> tuple[int, int]:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file}: not a readable .npy file: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an .npz"
-        raise ValueError(f"{file}: expected floats [rows, {embedding_dim}], got {got}")
-    if array.shape[1] != embedding_dim:
-        raise ValueError(f"{file}: expected embeddings {embedding_dim} wide, got {array.shape[1]}")
-    return len(array)
+        raise ValueError(f"{file}: expected floats [rows, D], got {got}")
+    return len(array), array.shape[1]
 
 
 _ITEMS_A_CLUSTER = 40

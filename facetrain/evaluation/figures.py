@@ -35,7 +35,9 @@ def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
     The folder is made if missing. A figure whose protocols were not run is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Drawing] = {"roc": _draw_roc, "det": _draw_det, "scores": _draw_scores}
+    drawings: dict[str, Drawing] = {}
+    if evaluation.verification:
+        drawings |= {"roc": _draw_roc, "det": _draw_det, "scores": _draw_scores}
     if evaluation.open:
         drawings |= {"dir_over_far": _draw_dir, "open_scores": _draw_open_scores}
     if evaluation.closed:
@@ -45,6 +47,7 @@ def save_figures(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 def _draw_roc(axes: "Axes", evaluation: Evaluation) -> None:
     outcome = evaluation.verification
+    assert outcome is not None  # save_figures leaves it out otherwise
     shown = outcome.roc.far > 0  # what a log axis can show
     far, vr = outcome.roc.far[shown], outcome.roc.vr[shown]
     axes.step(far, vr, where="post", color=_COLOURS[0], label=f"verification: AUC {outcome.auc:.4f}")
@@ -59,6 +62,7 @@ def _draw_roc(axes: "Axes", evaluation: Evaluation) -> None:
 
 def _draw_det(axes: "Axes", evaluation: Evaluation) -> None:
     outcome = evaluation.verification
+    assert outcome is not None  # as above
     missed = 1.0 - outcome.roc.vr
     shown = (outcome.roc.far > 0) & (missed > 0)  # what log axes can show
     axes.step(outcome.roc.far[shown], missed[shown], where="post", color=_COLOURS[0], label="verification")
@@ -74,6 +78,7 @@ def _draw_det(axes: "Axes", evaluation: Evaluation) -> None:
 
 def _draw_scores(axes: "Axes", evaluation: Evaluation) -> None:
     outcome = evaluation.verification
+    assert outcome is not None  # as above
     _draw_histograms(
         axes,
         genuine=("genuine pairs", outcome.scores[outcome.is_genuine]),

@@ -26,6 +26,8 @@ class ClosedSet:
     """From 1, which is best."""
     gallery: int
     """Gallery images."""
+    people: NDArray[np.int64]
+    """The person of each probe."""
     own_scores: NDArray[np.float32]
     """Best score of the own person for each probe."""
     probe_rows: NDArray[np.int64]
@@ -57,6 +59,10 @@ class OpenSet:
     """Best score of anybody in the gallery for each impostor probe."""
     gallery: int
     """Gallery images."""
+    people: NDArray[np.int64]
+    """The person of each genuine probe."""
+    impostor_people: NDArray[np.int64]
+    """The person of each impostor probe."""
     probe_rows: NDArray[np.int64]
     """The image of each genuine probe, a row of the set."""
     impostor_rows: NDArray[np.int64]
@@ -96,9 +102,13 @@ class OpenSet:
             "far_realised": rate.point.far_realised,
         }
 
+    def found(self, threshold: float, rank: int = 1) -> NDArray[np.bool_]:
+        """Return which genuine probes are found at this rank or better with a score of the threshold or above."""
+        return (self.ranks <= rank) & (self.own_scores >= np.float64(threshold))
+
     def _rate(self, point: OperatingPoint, rank: int) -> AcceptRate:
-        accepted = (self.ranks <= rank) & (self.own_scores >= np.float64(point.threshold))
-        return AcceptRate(float(accepted.mean()), len(accepted), point)
+        found = self.found(point.threshold, rank)
+        return AcceptRate(float(found.mean()), len(found), point)
 
 
 def rank_probes(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from facetrain.config import Config, EvalConfig
+from facetrain.config import Config
 from facetrain.data.decode import decode_face, thumbnail
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import FaceSource, open_faces
@@ -18,7 +18,8 @@ from facetrain.data.split import HeldoutPairs, IdentitySplit, heldout_pairs
 from facetrain.embed import embed_images
 from facetrain.evaluation.html_report import ReadPicture
 from facetrain.evaluation.inputs import ImageKey, face_set, image_name
-from facetrain.evaluation.lfw import Evaluation, check_inputs, evaluate, metrics
+from facetrain.evaluation.lfw import Evaluation, evaluate, metrics
+from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.verification import verify
 from facetrain.world import World
 
@@ -80,7 +81,7 @@ class Judge:
         heldout = heldout_pairs(shards.table, split.heldout, seed=config.run.seed) if len(split.heldout) else None
         faces = None
         if config.eval.images:
-            faces = open_evaluation_set(config.eval)
+            faces = open_evaluation_set(config)
             for i, name in enumerate(faces.names):
                 decode_face(faces.read(i), config.data, name)
         return cls(config=config, shards=shards, heldout=heldout, faces=faces)
@@ -133,31 +134,31 @@ class Judge:
             heldout = verify(scores, self.heldout.is_genuine, self.heldout.fold).figures()
         evaluation = None
         if embeddings is not None and self.faces is not None:
-            settings = self.config.eval
-            assert settings.pairs is not None  # EvalConfig checks it
-            evaluation = evaluate(
-                self.faces.names,
-                embeddings,
-                pairs=Path(settings.pairs),
-                open_set_people=None if settings.open_set_people is None else Path(settings.open_set_people),
-                draws=settings.draws,
-                dataset=settings.dataset,
-                seed=self.config.run.seed,
-            )
+            evaluation = evaluate(self.faces.names, embeddings, _request(self.config))
         return Judgement(heldout=heldout, evaluation=evaluation)
 
 
-def open_evaluation_set(config: EvalConfig) -> FaceSource:
+def open_evaluation_set(config: Config) -> FaceSource:
     """Open the images of `eval.images` and check that the lists fit them.
 
     Raises:
         ValueError: An image, a list or a line of it can't be used.
     """
-    faces = open_faces([Path(path) for path in config.images])
-    assert config.pairs is not None  # EvalConfig checks it
-    people = None if config.open_set_people is None else Path(config.open_set_people)
-    check_inputs(faces.names, pairs=Path(config.pairs), open_set_people=people, dataset=config.dataset)
+    faces = open_faces([Path(path) for path in config.eval.images])
+    read_lists(faces.names, _request(config))
     return faces
+
+
+def _request(config: Config) -> Request:
+    settings = config.eval
+    return Request(
+        pairs=Path(settings.pairs) if settings.pairs else None,
+        view1=(Path(settings.view1[0]), Path(settings.view1[1])) if settings.view1 else None,
+        open_set_people=Path(settings.open_set_people) if settings.open_set_people else None,
+        draws=settings.draws,
+        dataset=settings.dataset,
+        seed=config.run.seed,
+    )
 
 
 def embed_faces(

@@ -14,6 +14,7 @@ from facetrain.evaluation import distractors
 from facetrain.evaluation.distractors import RANKS_KEPT, DistractorScores, open_crowd, search_crowd
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.evaluation.lfw import evaluate
+from facetrain.evaluation.lists import Request
 from facetrain.search import top_k_of_blocks
 from facetrain.world import World
 
@@ -44,14 +45,11 @@ def test_every_figure_equals_that_of_a_gallery_with_the_crowd_in_it(tmp_path: Pa
     strangers = corners(1, num_strangers)
     people = tmp_path / "people.txt"
     people.write_text("\n".join(f"Person_{number}" for number in range(40) if number % 6))
-    lists: dict[str, Any] = {
-        "pairs": write_pairs(tmp_path / "pairs.txt", names),
-        "open_set_people": people,
-        "dataset": "drawn",
-    }
-    scores = search_crowd(embeddings, open_crowd([crowd_file(tmp_path, strangers)], 4), World())
-    got = evaluate(names, embeddings, **lists, distractors=scores)
-    plain = evaluate(names, embeddings, **lists)
+    pairs = write_pairs(tmp_path / "pairs.txt", names)
+    request = Request(pairs=pairs, open_set_people=people, dataset="drawn")
+    scores = search_crowd(embeddings, open_crowd([crowd_file(tmp_path, strangers)]), World())
+    got = evaluate(names, embeddings, request, scores)
+    plain = evaluate(names, embeddings, request)
 
     everything = embeddings @ strangers.T  # exact
     for name, (outcome,) in got.closed.items():
@@ -71,11 +69,8 @@ def test_every_figure_equals_that_of_a_gallery_with_the_crowd_in_it(tmp_path: Pa
 
 def test_a_crowd_among_which_everybody_is_leaves_nobody_at_rank_1(tmp_path: Path) -> None:
     names, embeddings = tied_set(0, num_people=60)
-    scores = search_crowd(embeddings, open_crowd([crowd_file(tmp_path, embeddings)], 4), World())
-    pairs = write_pairs(tmp_path / "pairs.txt", names)
-    results = evaluate(
-        names, embeddings, pairs=pairs, open_set_people=None, dataset="drawn", distractors=scores
-    ).results
+    scores = search_crowd(embeddings, open_crowd([crowd_file(tmp_path, embeddings)]), World())
+    results = evaluate(names, embeddings, Request(dataset="drawn"), scores).results
     assert results["closed-full"]["rank1"] == 0.0
     assert results["open-counts"]["rank1"] == 0.0
 
@@ -87,7 +82,7 @@ def test_files_are_searched_as_one_in_any_float_type_and_length(tmp_path: Path, 
         crowd_file(tmp_path, 3 * strangers[:101], "a.npy"),  # lengths don't matter
         crowd_file(tmp_path, strangers[101:], "b.npy"),
     ]
-    crowd = open_crowd(files, 24)
+    crowd = open_crowd(files)
     assert len(crowd) == 131
     scores = search_crowd(embeddings, crowd, World())
     whole = strangers.astype(np.float64)
@@ -97,7 +92,7 @@ def test_files_are_searched_as_one_in_any_float_type_and_length(tmp_path: Path, 
 
 def searches(world: World, cases: list[list[Path]], search: distractors.Search = "exact") -> list[DistractorScores]:
     distractors.BLOCK_ITEMS = 50  # also on ranks that are processes of their own
-    return [search_crowd(unit(0, 70), open_crowd(files, 24), world, search=search) for files in cases]
+    return [search_crowd(unit(0, 70), open_crowd(files), world, search=search) for files in cases]
 
 
 def test_any_number_of_ranks_finds_the_same_to_the_bit(tmp_path: Path) -> None:
@@ -137,26 +132,33 @@ def test_ivf_says_how_much_it_finds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        (np.ones((3, 5)), r"crowd\.npy: expected embeddings 4 wide, got 5"),
-        (np.ones((3, 4), dtype=int), r"crowd\.npy: expected floats \[rows, 4\], got int64 \(3, 4\)"),
-        (np.ones(4), r"crowd\.npy: expected floats \[rows, 4\], got float64 \(4,\)"),
+        (np.ones((3, 4), dtype=int), r"crowd\.npy: expected floats \[rows, D\], got int64 \(3, 4\)"),
+        (np.ones(4), r"crowd\.npy: expected floats \[rows, D\], got float64 \(4,\)"),
         (np.ones((0, 4)), r"distractors: expected embeddings in .*crowd\.npy, got none"),
         (np.array([None, "x"], dtype=object), r"crowd\.npy: not a readable \.npy file"),
     ],
 )
 def test_files_that_are_no_embeddings_are_named(tmp_path: Path, vectors: NDArray[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_crowd([crowd_file(tmp_path, vectors)], 4)
+        open_crowd([crowd_file(tmp_path, vectors)])
+
+
+def test_files_of_other_widths_are_named(tmp_path: Path) -> None:
+    files = [crowd_file(tmp_path, np.ones((3, 5)), "a.npy"), crowd_file(tmp_path, np.ones((3, 4)), "b.npy")]
+    with pytest.raises(ValueError, match=r"b\.npy: expected embeddings 5 wide, as in .*a\.npy, got 4"):
+        open_crowd(files)
+    with pytest.raises(ValueError, match=r"a\.npy: expected embeddings 24 wide, got 5"):
+        search_crowd(unit(0, 3), open_crowd(files[:1]), World())
 
 
 def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
     file = crowd_file(tmp_path, np.ones((100, 4)))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"crowd\.npy: not a readable \.npy file"):
-        open_crowd([file], 4)
+        open_crowd([file])
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"crowd\.npy: not a readable \.npy file"):
-        open_crowd([file], 4)
+        open_crowd([file])
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
@@ -164,4 +166,4 @@ def test_a_distractor_that_is_no_direction_is_named(tmp_path: Path, bad: float) 
     vectors = unit(1, 120)
     vectors[77] = bad
     with pytest.raises(ValueError, match=r"for row 77 of .*crowd\.npy"):
-        search_crowd(unit(0, 3), open_crowd([crowd_file(tmp_path, vectors)], 24), World())
+        search_crowd(unit(0, 3), open_crowd([crowd_file(tmp_path, vectors)]), World())

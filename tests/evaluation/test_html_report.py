@@ -13,6 +13,7 @@ from facetrain.evaluation.definitions import DEFINITIONS, PUBLISHED
 from facetrain.evaluation.html_report import NUM_HARDEST, write_html
 from facetrain.evaluation.inputs import ImageKey, load_embeddings_npz
 from facetrain.evaluation.lfw import Evaluation, evaluate
+from facetrain.evaluation.lists import Request
 from facetrain.evaluation.report import write_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -60,7 +61,7 @@ def evaluated(folder: Path, *, dataset: str, person: str = "Person") -> Evaluati
     people = folder / "people.txt"
     people.write_text("\n".join(f"{person}_{number}" for number in range(40) if number % 6))
     pairs = write_pairs(folder / "pairs.txt", names, per_fold=30)
-    return evaluate(names, embeddings, pairs=pairs, open_set_people=people, dataset=dataset)
+    return evaluate(names, embeddings, Request(pairs=pairs, open_set_people=people, dataset=dataset, bootstrap=100))
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +131,14 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
 @pytest.mark.slow  # all protocols on the whole of LFW
 def test_lfw_stands_beside_the_published_figures(face_data: Path, tmp_path: Path) -> None:
     names, embeddings = load_embeddings_npz(face_data / "lfw_embeddings_mobilefacenet.npz")
-    lists = {
-        "pairs": face_data / "protocols" / "pairs.txt",
-        "open_set_people": face_data / "protocols" / "lfw_ytf_596_subjects.txt",
-    }
-    write_html(evaluate(names, embeddings, **lists), tmp_path / "report.html", figures=[])
+    protocols = face_data / "protocols"
+    request = Request(
+        pairs=protocols / "pairs.txt",
+        view1=(protocols / "pairsDevTrain.txt", protocols / "pairsDevTest.txt"),
+        open_set_people=protocols / "lfw_ytf_596_subjects.txt",
+        convention="insightface",
+    )
+    write_html(evaluate(names, embeddings, request), tmp_path / "report.html", figures=[])
     text = Page(tmp_path / "report.html").text
     assert "this evaluation 99.22% ± 0.20" in text
     for row in PUBLISHED:

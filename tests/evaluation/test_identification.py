@@ -26,6 +26,8 @@ def open_set(seed: int, num_impostors: int = 150) -> OpenSet:
         own_scores=(rng.integers(0, 12, 80) / np.float32(11)).astype(np.float32),
         impostor_scores=(rng.integers(-2, 11, num_impostors) / np.float32(11)).astype(np.float32),
         gallery=30,
+        people=np.arange(80),
+        impostor_people=np.arange(num_impostors),
         probe_rows=np.arange(80),
         impostor_rows=np.arange(80, 80 + num_impostors),
     )
@@ -33,7 +35,8 @@ def open_set(seed: int, num_impostors: int = 150) -> OpenSet:
 
 def closed_set(ranks: list[int], gallery: int) -> ClosedSet:
     scores = np.zeros(len(ranks), dtype=np.float32)
-    return ClosedSet(np.array(ranks), gallery, own_scores=scores, probe_rows=np.arange(len(ranks)))
+    probes = np.arange(len(ranks))
+    return ClosedSet(np.array(ranks), gallery, people=probes, own_scores=scores, probe_rows=probes)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -32,6 +32,6 @@ def test_retrieval_on_the_device_equals_the_cpus():
 
 def test_a_crowd_on_the_device_scores_as_on_the_cpu(tmp_path):
     np.save(tmp_path / "crowd.npy", corners(900))
-    crowd = open_crowd([tmp_path / "crowd.npy"], 16)
+    crowd = open_crowd([tmp_path / "crowd.npy"])
     on_cuda = search_crowd(corners(40), crowd, World(device=CUDA))
     assert np.array_equal(on_cuda.best, search_crowd(corners(40), crowd, World()).best)
