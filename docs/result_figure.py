@@ -32,7 +32,8 @@ def main() -> None:
     plot = right.subplots()
     records = [json.loads(line) for line in Path("quickstart/run/metrics.jsonl").read_text().splitlines()]
     judged = [record for record in records if MEASURES["verification\naccuracy"] in record]
-    for offset, name, colour, record in ((-0.2, "untrained", "0.75", judged[0]), (0.2, "trained", "#0072B2", judged[-1])):
+    bars_of = {"untrained": (-0.2, "0.75", judged[0]), "trained": (0.2, "#0072B2", judged[-1])}
+    for name, (offset, colour, record) in bars_of.items():
         shares = [100 * record[key] for key in MEASURES.values()]
         bars = plot.bar([x + offset for x in range(len(shares))], shares, 0.38, color=colour, label=name)
         plot.bar_label(bars, fmt="%.1f", fontsize=9)

@@ -1,26 +1,28 @@
 """Checkpoints: atomic save, resume at any number of ranks, prune; and weights alone, for whoever wants to embed.
 
 A checkpoint is a folder `checkpoints/step-00001000/`: `model.safetensors` and `config.yaml` (all that embedding needs),
-`optimizer.safetensors`, `plan.safetensors` and `state.json`. It appears by a rename, so that what is there is whole.
+`optimizer.safetensors`, `plan.safetensors` and `state.json`; with mining.mode=table also each rank's part of the table,
+`mining_table-00000.safetensors` and so on. It appears by a rename, so that what is there is whole.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from facetrain.command_line import config_yaml, load_config
 from facetrain.config import Config
@@ -51,22 +53,47 @@ class TrainState:
     """Content of the shards that the run trains on."""
 
 
-def save_checkpoint(run_dir: Path, engine: Engine, state: TrainState, config: Config, world: World) -> Path:
+def save_checkpoint(
+    run_dir: Path,
+    engine: Engine,
+    state: TrainState,
+    config: Config,
+    world: World,
+    *,
+    table_rows: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of `state.step`; every rank must call it.
 
     Rank 0 writes aside, flushes to disk and renames; then it removes checkpoints that are neither among the newest
-    `train.keep_checkpoints` nor the best. Raises on every rank if rank 0 can't write.
-    """
-    optimizer_state = engine.optimizer_state()  # over all ranks
-    final = checkpoint_folder(run_dir, state.step)
+    `train.keep_checkpoints` nor the best. Raises on every rank if one can't write.
 
-    def write() -> None:
+    Args:
+        run_dir: The run folder; with table rows, one that all ranks see.
+        engine: Holds weights and optimizer.
+        state: What else is saved.
+        config: Stored beside the weights.
+        world: The ranks.
+        table_rows: This rank's part of the mining table: consecutive rows of each tensor, and in `first_row` the number
+            of the first. None or empty is no table.
+    """
+    weights, optimizer_state = engine.weights(), engine.optimizer_state()  # over all ranks
+    final = checkpoint_folder(run_dir, state.step)
+    aside = final.with_name(f".{final.name}.tmp")
+
+    def begin() -> bool:
         if final.exists():
-            return
-        aside = final.with_name(f".{final.name}.tmp")
+            return False
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_weights(engine.backbone, config, aside)
+        return True
+
+    def write_table_rows() -> None:
+        file = aside / f"mining_table-{world.rank:05d}.safetensors"
+        save_tensors(dict(table_rows or {}), file)
+        _flush(file)
+
+    def write() -> None:
+        save_weights(weights, config, aside)
         save_tensors(optimizer_state, aside / "optimizer.safetensors")
         arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
         save_arrays(arrays, aside / "plan.safetensors")
@@ -75,7 +102,10 @@ def save_checkpoint(run_dir: Path, engine: Engine, state: TrainState, config: Co
         _rename_durably(aside, final)
         _prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
 
-    world.on_main(write)
+    if world.on_main(begin):
+        if table_rows:
+            world.on_all(write_table_rows)
+        world.on_main(write)
     return final
 
 
@@ -99,6 +129,36 @@ def load_state(folder: Path) -> TrainState:
         raise ValueError(f"{folder}: not a whole checkpoint ({error})") from None
 
 
+def load_table_rows(folder: Path, rows: range) -> dict[str, Tensor]:
+    """Read consecutive rows of a checkpoint's mining table, whichever ranks wrote them.
+
+    Returns:
+        Each tensor's rows, as they were saved.
+
+    Raises:
+        ValueError: Rows are missing, or a file is damaged; the message names it.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    missing = len(rows)
+    for file in sorted(folder.glob("mining_table-*.safetensors")):  # by rank, which is by row
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                first = int(tensors.get_tensor("first_row"))
+                names = [name for name in tensors.keys() if name != "first_row"]  # noqa: SIM118 - not a dict
+                held = range(first, first + tensors.get_slice(names[0]).get_shape()[0])
+                start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
+                for name in names if start <= stop else ():
+                    parts.setdefault(name, []).append(tensors.get_slice(name)[start - first : stop - first])
+        except (SafetensorError, IndexError) as error:
+            raise ValueError(f"{file}: damaged ({error})") from None
+        missing -= max(0, stop - start)
+    if missing:
+        raise ValueError(
+            f"{folder}: not a whole checkpoint ({missing} of {len(rows)} rows of the mining table are gone)"
+        )
+    return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+
 def load_optimizer(folder: Path, engine: Engine) -> None:
     """Put the optimizer's state of a checkpoint into the engine.
 
@@ -118,9 +178,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def save_weights(backbone: nn.Module, config: Config, folder: Path) -> None:
+def save_weights(weights: dict[str, Tensor], config: Config, folder: Path) -> None:
     """Write `model.safetensors` and the config beside it, each by a rename."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     save_tensors(weights, folder / ".model.tmp")
     os.replace(folder / ".model.tmp", folder / "model.safetensors")
     save_config(config, folder)

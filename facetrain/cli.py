@@ -1,13 +1,21 @@
 """The one command `facetrain`. Heavy imports wait until a command needs them."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from facetrain import __version__
-from facetrain.command_line import new_parser, parse_arguments, parse_config, user_errors
+from facetrain.command_line import (
+    new_parser,
+    parse_arguments,
+    parse_config,
+    parse_config_and_flags,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from facetrain.evaluate import EmbedOptions
@@ -94,6 +102,33 @@ def _check(argv: Sequence[str]) -> None:
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     open_run_folder(config)
     _print(f"ok: {inputs.split.describe()}; {inputs.plan.steps_per_epoch} steps an epoch")
+
+
+def _estimate(argv: Sequence[str]) -> None:
+    """Estimate memory, traffic and images/s on a cluster."""
+    from facetrain.estimate.cluster import Cluster
+
+    speeds = fields(Cluster)
+
+    def add_flags(parser: Any) -> None:
+        for key in speeds:
+            flag = "--" + key.name.replace("_", "-")
+            parser.add_argument(flag, type=key.type, default=key.default, help=key.metadata["help"])
+        parser.add_argument("--identities", type=int, default=10_575, help="identities trained on, for mining")
+        parser.add_argument("--json", type=str, help="file for everything that was estimated")
+
+    config, args = parse_config_and_flags(
+        argv, "facetrain estimate", "Estimate what a run takes on a cluster; no GPU is needed", add_flags
+    )
+    cluster = Cluster(**{key.name: args[key.name] for key in speeds})
+    from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
+    from facetrain.estimate.report import estimate_record, format_estimate
+
+    found = estimate(config, cluster, identities=args.identities)
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(estimate_record(config, found), indent=1) + "\n")
+    fitting = None if found.fits else largest_fitting_micro_pairs(config, cluster, identities=args.identities)
+    _print(format_estimate(config, found, fitting_micro_pairs=fitting))
 
 
 def _lfw(argv: Sequence[str]) -> None:
@@ -261,6 +296,7 @@ _COMMANDS: dict[str, Command] = {
     "pack": _pack,
     "train": _train,
     "check": _check,
+    "estimate": _estimate,
     "lfw": _lfw,
     "compare": _compare,
     "retrieval": _retrieval,

@@ -35,7 +35,19 @@ def parse_config(argv: Sequence[str], prog: str) -> Config:
         ValueError: An unknown key, a wrong type, or a value out of bounds; the message is one line that names it.
         SystemExit: `--help` was asked for, with code 0.
     """
-    parser = new_parser(prog, "Train a face embedding; any key below can also stand in the YAML file of --config.")
+    return parse_config_and_flags(argv, prog, "Train a face embedding", lambda parser: None)[0]
+
+
+def parse_config_and_flags(
+    argv: Sequence[str], prog: str, description: str, add_flags: Callable[[Any], None]
+) -> tuple[Config, Any]:
+    """Read a run's settings and a command's own flags, which `add_flags` adds to the parser; raises as `parse_config`.
+
+    Returns:
+        The settings, and the namespace that holds the flags.
+    """
+    parser = new_parser(prog, f"{description}; any key below can also stand in the YAML file of --config.")
+    add_flags(parser)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags win over it")
     for section in fields(Config):
         parser.add_class_arguments(section.type, section.name)
@@ -48,7 +60,7 @@ def parse_config(argv: Sequence[str], prog: str) -> Config:
     for section in fields(Config):
         _check_values_are_there(section.name, section.type, given[section.name])
     sections = parser.instantiate(given)
-    return Config(**{section.name: getattr(sections, section.name) for section in fields(Config)})
+    return Config(**{section.name: getattr(sections, section.name) for section in fields(Config)}), given
 
 
 def new_parser(prog: str, description: str) -> Any:

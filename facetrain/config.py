@@ -101,10 +101,16 @@ class ModelConfig:
 class LossConfig:
     """The objective."""
 
-    name: Literal["npair-mc"] = "npair-mc"
-    """npair-mc: the multi-class N-pair loss (Sohn, NeurIPS 2016)."""
+    name: Literal["npair-mc", "npair-ovo", "tuplet"] = "npair-mc"
+    """npair-mc: the multi-class N-pair loss (Sohn, NeurIPS 2016); npair-ovo: one against one; tuplet: other anchors."""
     l2_weight: float = 0.002
     """Weight of the penalty mean ||f||^2 over all 2N embeddings."""
+    symmetric: bool = False
+    """npair-mc: the mean of anchors against all positives and of positives against all anchors."""
+    temperature: float | None = None
+    """A number: cosines divided by it take the place of inner products; null: embeddings aren't normalised."""
+    reduce_precision: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients of gathered embeddings are summed over ranks; bfloat16: half the bytes, 0.3% error."""
     tile_bytes: int = 1 << 26
     """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows, twice a step."""
 
@@ -112,7 +118,10 @@ class LossConfig:
         """Check the bounds."""
         if self.l2_weight < 0:
             raise ValueError(f"loss.l2_weight: expected 0 or more, got {self.l2_weight}")
-        _at_least("loss.tile_bytes", self.tile_bytes, 1)
+        if self.symmetric and self.name != "npair-mc":
+            raise ValueError(f"loss.symmetric: goes with loss.name=npair-mc, got '{self.name}'")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"loss.temperature: expected more than 0, or null, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +129,12 @@ class MiningConfig:
     """Which hard negative classes share a batch (Sohn 2016, section 3)."""
 
     mode: Literal["off", "auto", "gathered", "table", "quota"] = "off"
-    """off: random classes; gathered: greedy over candidates embedded by all ranks; auto chooses and says why."""
+    """off: random classes; gathered: greedy over candidates embedded by all ranks; table: over the embeddings of recent
+    training steps; quota: as gathered, with as many classes of each virtual node; auto chooses and says why."""
     candidates: int = 10_000
-    """Classes drawn and embedded per round, two images each; all where there are fewer."""
+    """Classes drawn and embedded per round; all where there are fewer."""
+    images_per_class: Literal[1, 2] = 2
+    """Images embedded per candidate; with one, a class is scored by its anchor alone, at half the cost of a round."""
     candidates_per_batch: float = 0.5
     """Fraction of a round's candidates that each batch is mined from, drawn afresh per batch, so that lists differ."""
     batches_per_round: int = 32
@@ -133,10 +145,29 @@ class MiningConfig:
     """Steps between a round and the first batch that uses it; at least data.workers * data.prefetch."""
     random_share: float = 0.0
     """Fraction of a mined batch that is filled with random classes instead, against label noise."""
+    similarity_cap: float | None = None
+    """Classes of a higher cosine to a chosen class stay out of its batch: the same person twice, or wrong labels."""
+    max_appearances: int | None = None
+    """Batches of a round that an identity may stand in; in further ones a random identity takes its place."""
     hinge: bool = False
     """Clip violations at 0 from below: classes that don't violate the margin then tie and are drawn by the seed."""
     margin: float = 0.0
     """Margin of the hinge, in units of the inner product."""
+    table_max_age_steps: int = 2000
+    """mode=table: embeddings of a class that was trained on longer ago than this are left out."""
+    table_refresh_share: float = 0.25
+    """mode=table: up to this fraction of a batch are random classes of those left out, which refreshes them."""
+    table_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """mode=table: how embeddings are kept, two of each class, over the memory of all ranks."""
+    table_neighbours: int = 64
+    """mode=table: neighbours of each class in the graph that batches are mined on."""
+    table_exact_limit: int = 200_000
+    """mode=table: classes up to which mining is exact, by all products; beyond, FAISS approximates on the CPU."""
+    table_probes: int = 8
+    """mode=table: clusters, of 4 sqrt(classes), that the approximation looks into; more find more and take longer."""
+    virtual_nodes: int = 8
+    """mode=quota: parts of the identities that give each batch as many classes; a divisor of train.global_pairs and a
+    multiple of the processes."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -152,8 +183,17 @@ class MiningConfig:
             )
         if not 0 <= self.random_share < 1:
             raise ValueError(f"mining.random_share: expected a fraction in [0, 1), got {self.random_share}")
-        if self.mode in ("table", "quota"):
-            raise ValueError(f"mining.mode: '{self.mode}' doesn't exist yet, expected off, auto or gathered")
+        for name in ("table_neighbours", "table_exact_limit", "table_probes", "virtual_nodes"):
+            _at_least(f"mining.{name}", getattr(self, name), 1)
+        _at_least("mining.table_max_age_steps", self.table_max_age_steps, 2)
+        if not 0 <= self.table_refresh_share < 1:
+            raise ValueError(
+                f"mining.table_refresh_share: expected a fraction in [0, 1), got {self.table_refresh_share}"
+            )
+        if self.similarity_cap is not None and not 0 < self.similarity_cap <= 1:
+            raise ValueError(f"mining.similarity_cap: expected a cosine in (0, 1], got {self.similarity_cap}")
+        if self.max_appearances is not None:
+            _at_least("mining.max_appearances", self.max_appearances, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +203,9 @@ class TrainConfig:
     global_pairs: int = 128
     """N: pairs of the global batch, each of another identity; pairs per rank are N / world size."""
     micro_pairs: int | None = None
-    """Pairs per forward and backward; null and N / world size are the same. Smaller needs GradCache, not there yet."""
+    """Pairs per forward, a divisor of N / world size: less memory for one more forward (GradCache); null: all."""
+    overlap: bool = False
+    """Gather positives while anchors are embedded, in two forwards; for networks without batch statistics."""
     steps: int = 1000
     """Optimizer steps of the whole run; 0 evaluates the untrained network."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -186,8 +228,8 @@ class TrainConfig:
     """Largest norm of the averaged gradient of the whole objective; 0 is no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast forward; weights, statistics, loss and optimizer stay float32."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are sharded over the ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too are sharded over the ranks."""
     log_every_steps: int = 20
     """Steps between log lines and metrics."""
     save_every_steps: int = 500
@@ -303,10 +345,23 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what concerns two sections."""
-        if self.mining.mode != "off" and self.mining.candidates < self.train.global_pairs:
+        if self.train.overlap:
+            self._check_overlap()
+        row_bytes = 4 * self.train.global_pairs
+        if self.loss.tile_bytes < row_bytes:
+            raise ValueError(
+                f"loss.tile_bytes: expected at least the {row_bytes} bytes of a row of train.global_pairs ="
+                f" {self.train.global_pairs} scores, got {self.loss.tile_bytes}"
+            )
+        if self.mining.mode in ("gathered", "quota") and self.mining.candidates < self.train.global_pairs:
             raise ValueError(
                 f"mining.candidates: expected at least train.global_pairs = {self.train.global_pairs} classes to"
                 f" choose from, got {self.mining.candidates}"
+            )
+        if self.mining.mode == "quota" and self.train.global_pairs % self.mining.virtual_nodes:
+            raise ValueError(
+                f"mining.virtual_nodes: expected a divisor of train.global_pairs = {self.train.global_pairs}, got"
+                f" {self.mining.virtual_nodes}"
             )
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:
@@ -314,6 +369,17 @@ class Config:
                 f"mining.lag_steps: expected at least data.workers * data.prefetch = {ahead}, so that no batch is"
                 f" read before it is mined, got {self.mining.lag_steps}"
             )
+
+    def _check_overlap(self) -> None:
+        if self.model.norm == "batch" or self.model.name.startswith("torchvision:"):
+            raise ValueError(
+                f"train.overlap: anchors and positives would have batch statistics of their own; expected model.norm"
+                f" group or none, got '{self.model.norm}' with '{self.model.name}'"
+            )
+        if self.train.micro_pairs is not None:
+            raise ValueError(f"train.overlap: goes with train.micro_pairs null, got {self.train.micro_pairs}")
+        if self.loss.name == "tuplet":
+            raise ValueError("train.overlap: goes with loss.name npair-mc or npair-ovo, got 'tuplet'")
 
     def flat(self) -> dict[str, Any]:
         """Return every setting under its dotted key."""

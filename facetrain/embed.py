@@ -16,6 +16,9 @@ from facetrain.world import World
 Decode = Callable[[int], npt.NDArray[np.uint8]]
 """Image number -> uint8 [H, W, C], as the network sees it."""
 
+BATCH_IMAGES = 128
+"""Images of one forward, which are one rank's; a rank takes whole batches."""
+
 
 def embed_images(
     backbone: nn.Module,
@@ -25,7 +28,7 @@ def embed_images(
     world: World,
     precision: Literal["float32", "bfloat16"],
     mirror: bool = False,
-    batch_images: int = 128,
+    batch_images: int = BATCH_IMAGES,
     progress: str | None = None,
 ) -> Tensor:
     """Embed images 0 .. num_images - 1 in eval mode, each rank a share of them.

@@ -185,7 +185,8 @@ def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int) -> Tensor:
     items = items_ID.float().cpu().numpy()
     k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=10, spherical=True, seed=seed, min_points_per_centroid=1)
     k_means.train(items)
-    return torch.from_numpy(k_means.centroids.copy())  # type: ignore[union-attr]
+    assert k_means.centroids is not None, "training sets them"
+    return torch.from_numpy(k_means.centroids.copy())
 
 
 class ClusteredIndex:

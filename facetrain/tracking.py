@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -80,10 +80,10 @@ class Tracker:
             if self._client and path.exists():
                 self._attempt(partial(record, path))
 
-    def finish(self, *, failed: bool = False) -> None:
-        """End MLflow's run."""
+    def finish(self, *, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        """End MLflow's run; a continued job opens it again."""
         if self._client:
-            self._attempt(lambda: self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED"))
+            self._attempt(lambda: self._client.set_terminated(self._run_id, status))
 
     def where(self) -> str:
         """Return how to see the figures."""

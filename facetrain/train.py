@@ -19,6 +19,7 @@ from facetrain.checkpoint import (
     init_weights_from,
     load_optimizer,
     load_state,
+    load_table_rows,
     load_weights,
     save_checkpoint,
     save_weights,
@@ -32,11 +33,14 @@ from facetrain.data.split import IdentitySplit, split_identities
 from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judge, Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
+from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.losses.npair import NPairLoss
 from facetrain.mining.miner import Miner
+from facetrain.mining.mode import check_mode
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
-from facetrain.step import StepStats, train_step
+from facetrain.step import train_step
+from facetrain.stop import StopRequest
 from facetrain.tracking import Tracker
 from facetrain.world import World, start_world
 
@@ -81,10 +85,10 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
         ValueError: Something can't be used; the message names the file or key.
     """
     pairs_here = pairs_per_rank(config.train.global_pairs, world_size)
-    if config.train.micro_pairs not in (None, pairs_here):
+    if config.train.micro_pairs is not None and pairs_here % config.train.micro_pairs:
         raise ValueError(
-            f"train.micro_pairs: a step of several forwards needs GradCache, which isn't there yet; expected null or"
-            f" {pairs_here} (train.global_pairs / {world_size} processes), got {config.train.micro_pairs}"
+            f"train.micro_pairs: expected a divisor of the {pairs_here} pairs of a process (train.global_pairs /"
+            f" {world_size} processes), got {config.train.micro_pairs}"
         )
     shards = ShardSet.open(Path(config.data.shards))
     if shards.manifest.image_px != config.data.shard_px:
@@ -96,6 +100,7 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
         shards.table, holdout=config.data.holdout_identities, exclude=config.data.exclude, seed=config.run.seed
     )
     plan = Plan(shards.table, split.train, global_pairs=config.train.global_pairs, seed=config.run.seed)
+    check_mode(config, num_identities=len(split.train), world_size=world_size)
     backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
     if config.model.init_from is not None:
         init_weights_from(backbone, Path(config.model.init_from))
@@ -119,6 +124,10 @@ class Run:
         self.tracker = Tracker(config.tracking, folder.path, world, parameters=config.flat())
         mines = config.mining.mode != "off"
         self.miner = Miner(config, inputs.shards, inputs.split.train, world) if mines else None
+        self.finite = FiniteWatch(world)
+        self.collapse = CollapseWatch(loss_of_equal_scores(config.loss.name, config.train.global_pairs))
+        if self.miner and self.miner.table and folder.resume_from is not None and self.state.step > 0:
+            self.miner.table.load(load_table_rows(folder.resume_from, self.miner.table.rows))
 
     def go(self) -> None:
         """Train to the last step and write the results."""
@@ -127,9 +136,12 @@ class Run:
             if self.config.eval.at_start and self.state.step == 0:
                 self._report(self.judge.judge(self.engine.backbone, self.world))
             self._loop()
-            self._finish()
+            if self.state.step < self.config.train.steps:
+                self.tracker.finish(status="KILLED")
+            else:
+                self._finish()
         except BaseException:
-            self.tracker.finish(failed=True)
+            self.tracker.finish(status="FAILED")
             raise
 
     def _loop(self) -> None:
@@ -145,26 +157,32 @@ class Run:
             last_step=config.train.steps,
             pin_memory=self.world.device.type == "cuda",
         )
-        with loader:
+        with loader, StopRequest(self.world) as stop:
             while state.step < config.train.steps:
+                if stop.is_due():  # the same answer on all ranks
+                    self._save()
+                    log.info(f"stopped at step {state.step} on request; the same command goes on from there")
+                    return
                 self._mine_if_due()
                 batch = next(loader).to(self.world.device)
                 waited_s += loader.wait_s
                 self._seed_random_layers()
                 rate = learning_rate_at(state.step, config.train)
                 stats = train_step(self.engine, self.loss, batch, learning_rate=rate)
+                if self.miner:
+                    self.miner.observe(state.step, batch.labels_n, stats.embeddings_VnD)  # over all ranks
                 count_draws(state.draws, self.plan.step(state.step))
-                self.plan.forget_before(state.step)
                 state.step += 1
+                self.finite.observe(state.step, stats)
 
                 if self._due(config.train.log_every_steps):
-                    figures = self._read(stats)  # over all ranks; waits for the device, so the clock comes after it
+                    self._stop_if_not_finite()
+                    figures = stats.read(self.world)  # waits for the device, so the clock comes after it
                     steps, now = state.step - logged_step, time.perf_counter()
                     self._log(figures, rate, step_s=(now - logged_at) / steps, wait_s=waited_s / steps)
                 if self._due(config.eval.every_steps) and state.step < config.train.steps:
                     self._log_judgement(self.judge.judge(self.engine.backbone, self.world))
                 if self._due(config.train.save_every_steps) or state.best_step == state.step:
-                    self._read(stats)
                     self._save()
                 if self._due(config.train.log_every_steps):
                     waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
@@ -205,16 +223,16 @@ class Run:
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.state.step % every_steps == 0
 
-    def _read(self, stats: StepStats) -> dict[str, float]:
-        """Return the figures of a step; stop all ranks together, since all hold the same, if training has failed."""
-        figures = stats.read(self.world)
-        if not (math.isfinite(figures["train/loss"]) and math.isfinite(figures["train/grad_norm"])):
-            raise ValueError(
-                f"step {self.state.step}: train/loss is {figures['train/loss']:.4g}, train/grad_norm"
-                f" {figures['train/grad_norm']:.4g}; try a smaller train.learning_rate or train.clip_norm=10."
-                f" Checkpoints in {self.folder.path / 'checkpoints'} are from before"
-            )
-        return figures
+    def _stop_if_not_finite(self) -> None:
+        """End all ranks together if a step since the start had a loss or a gradient that isn't finite."""
+        bad = self.finite.first_bad_step()  # over all ranks if there is one; waits for the device
+        if bad is not None:
+            step = int(bad["step"]) - 1
+            names = [self.inputs.shards.table.names[i] for i in self.plan.step(step).labels_N]
+            rate = learning_rate_at(step, self.config.train)
+            path, is_main = self.folder.path, self.world.is_main
+            raise not_finite_error(bad, names, learning_rate=rate, folder=path, is_main=is_main)
+        self.plan.forget_before(self.state.step)
 
     def _log(self, figures: dict[str, float], rate: float, *, step_s: float, wait_s: float) -> None:
         images_per_s = 2 * self.config.train.global_pairs / step_s
@@ -228,6 +246,9 @@ class Run:
             "train/max_draws_of_an_identity": float(drawn.max()),
         }
         self.tracker.metrics(self.state.step, figures)
+        warning = self.collapse.warning(figures) if self.state.step > self.config.train.warmup_steps else None
+        if warning:
+            log.warning(warning)
         log.info(
             f"step {self.state.step:6d}/{self.config.train.steps}  loss {figures['train/npair_loss']:.4f}"
             f"  norm {math.sqrt(figures['train/squared_norm']):5.2f}  grad {figures['train/grad_norm']:7.3f}"
@@ -235,8 +256,10 @@ class Run:
         )
 
     def _save(self) -> None:
+        self._stop_if_not_finite()  # a checkpoint is never of a network that is lost
         self.state.mined = self.plan.pending(self.state.step)
-        save_checkpoint(self.folder.path, self.engine, self.state, self.config, self.world)
+        table = self.miner.table.state() if self.miner and self.miner.table else {}
+        save_checkpoint(self.folder.path, self.engine, self.state, self.config, self.world, table_rows=table)
 
     def _log_judgement(self, judgement: Judgement) -> None:
         """Record how good the network is, and whether it is the best so far by `eval.best_metric`."""
@@ -271,7 +294,7 @@ class Run:
             f" {self.plan.steps_per_epoch} steps an epoch; {steps} steps = {2 * pairs * steps} images"
         )
         if self.miner:
-            log.info(self.miner.describe())
+            log.info(self.miner.mode.describe())
         if self.folder.resume_from is not None:
             log.info(f"continues at step {self.state.step} from {self.folder.resume_from}")
 
@@ -281,8 +304,9 @@ class Run:
         self._save()
         judgement = self.judge.judge(self.engine.backbone, self.world, progress=True)
         self._log_judgement(judgement)
+        weights = self.engine.weights()  # over all ranks
         if self.world.is_main:
-            save_weights(self.engine.backbone, self.config, path)
+            save_weights(weights, self.config, path)
             if judgement.evaluation is not None:
                 sys.stdout.write(format_table(judgement.evaluation))
                 write_report(judgement.evaluation, path, subject=str(path), read_picture=self.judge.read_picture)

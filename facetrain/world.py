@@ -40,16 +40,23 @@ class World:
         dist.all_gather_into_tensor(gathered, x_local.contiguous())
         return gathered
 
-    def all_gather_with_grad(self, x_local: Tensor) -> Tensor:
+    def all_gather_with_grad(self, x_local: Tensor, *, reduce_dtype: torch.dtype | None = None) -> Tensor:
         """Return the rows of all ranks in rank order, [W * rows, ...], with gradient.
 
         Backward sums each row's gradient over all ranks and gives every rank its own rows (reduce-scatter), with no
         factor: where every rank's loss is its rows' sum over a constant, and gradients are then averaged over ranks,
         parameters receive exactly the gradient of the global batch.
+
+        Args:
+            x_local: [rows, ...], as many on every rank.
+            reduce_dtype: What gradients are rounded to before they are summed, such as bfloat16 for half the bytes;
+                None keeps them as they are.
         """
-        if self.world_size == 1:
-            return x_local
-        return _AllGather.apply(x_local)  # type: ignore[no-any-return]
+        return self.start_gather_with_grad(x_local, reduce_dtype=reduce_dtype).finish()
+
+    def start_gather_with_grad(self, x_local: Tensor, *, reduce_dtype: torch.dtype | None = None) -> "GatherInFlight":
+        """Start `all_gather_with_grad`; its `finish` gives the rows, and what is computed before runs beside it."""
+        return GatherInFlight(x_local, self.world_size, reduce_dtype or x_local.dtype)
 
     def all_gather_uneven(self, x_local: Tensor) -> Tensor:
         """Return the rows of all ranks in rank order; each rank may hold another number of rows. No gradient."""
@@ -58,7 +65,7 @@ class World:
         counts = [int(c) for c in self.all_gather(torch.tensor([x_local.shape[0]], device=x_local.device)).tolist()]
         padded = x_local.new_zeros(max(counts), *x_local.shape[1:])
         padded[: x_local.shape[0]] = x_local
-        blocks = self.all_gather(padded).split(max(counts))
+        blocks = self.all_gather(padded).unflatten(0, (self.world_size, max(counts)))
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     def all_gather_object(self, value: ObjectT) -> list[ObjectT]:
@@ -77,12 +84,43 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
 
+    def broadcast_(self, x: Tensor, source: int) -> Tensor:
+        """Overwrite x by that of rank `source`, of the same shape and type, in place, and return it."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=source)
+        return x
+
     def all_reduce_mean_(self, x: Tensor) -> Tensor:
         """Replace x by its mean over the ranks, in place, and return it."""
+        self.all_reduce_sum_(x)
+        return x.div_(self.world_size) if self.world_size > 1 else x
+
+    def all_reduce_sum_(self, x: Tensor) -> Tensor:
+        """Replace x by its sum over the ranks, in place, and return it. No gradient."""
         if self.world_size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.SUM)
-            x /= self.world_size
         return x
+
+    def all_reduce_max_(self, x: Tensor) -> Tensor:
+        """Replace x by its maximum over the ranks, in place, and return it. No gradient."""
+        if self.world_size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
+    def start_any(self, value: bool) -> Callable[[], bool]:
+        """Start to ask whether any rank says true; the returned function waits for the answer, and may be called again.
+
+        Over all ranks, between CPUs: it doesn't wait for a device, and other work may go on meanwhile.
+        """
+        flag = torch.tensor([value], dtype=torch.uint8)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True) if self.world_size > 1 else None
+
+        def answer() -> bool:
+            if work is not None:
+                work.wait()
+            return bool(flag)
+
+        return answer
 
     def limit_waiting(self) -> None:
         """Give every process group of this process the run's timeout.
@@ -110,6 +148,21 @@ class World:
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
+
+    def on_all(self, function: Callable[[], None]) -> None:
+        """Call the function on every rank.
+
+        Raises:
+            Exception: What it raised on the lowest rank where it did, on every rank, so that all fail together.
+        """
+        error = None
+        try:
+            function()
+        except Exception as caught:
+            error = caught
+        errors = [e for e in self.all_gather_object(error) if e is not None]
+        if errors:
+            raise errors[0]
 
 
 @contextmanager
@@ -146,17 +199,56 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
 _LAUNCHER_KEYS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
-class _AllGather(torch.autograd.Function):
-    """Local [rows, ...] -> global [W * rows, ...]. Backward: SUM reduce-scatter, global -> local."""
+class GatherInFlight:
+    """An all-gather with gradient that leaves time for other work, in forward and in backward.
+
+    Autograd runs the youngest operation first. The end of the gather is younger than what was computed beside it, and
+    its beginning is older: so backward starts the reduce-scatter, goes through that work, and waits only then.
+    """
+
+    def __init__(self, x_local: Tensor, world_size: int, reduce_dtype: torch.dtype) -> None:
+        self.world_size, self.reduce_dtype = world_size, reduce_dtype
+        self._begin: Tensor = x_local
+        if world_size > 1:
+            self._begin = _GatherBegin.apply(x_local, self)
+            self.gathered = x_local.new_empty(world_size * x_local.shape[0], *x_local.shape[1:])
+            # Over all ranks: every rank ends with the rows of all.
+            self.work: Any = dist.all_gather_into_tensor(self.gathered, x_local.detach().contiguous(), async_op=True)
+
+    def finish(self) -> Tensor:
+        """Wait, and return the rows of all ranks in rank order, [W * rows, ...]; call it once."""
+        rows: Tensor = self._begin if self.world_size == 1 else _GatherEnd.apply(self._begin, self)
+        return rows
+
+
+class _GatherBegin(torch.autograd.Function):
+    """The identity. Backward waits for the reduce-scatter that `_GatherEnd` has started."""
 
     @staticmethod
-    def forward(ctx: Any, x_local: Tensor) -> Tensor:
-        gathered = x_local.new_empty(dist.get_world_size() * x_local.shape[0], *x_local.shape[1:])
-        dist.all_gather_into_tensor(gathered, x_local.contiguous())
-        return gathered
+    def forward(ctx: Any, x_local: Tensor, flight: GatherInFlight) -> Tensor:
+        ctx.flight = flight
+        return x_local.view_as(x_local)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad_local = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(grad_local, grad.contiguous(), op=dist.ReduceOp.SUM)
-        return grad_local
+    def backward(ctx: Any, placeholder: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.work.wait()
+        return ctx.flight.grad_local.to(placeholder.dtype), None
+
+
+class _GatherEnd(torch.autograd.Function):
+    """Local [rows, ...] -> global [W * rows, ...]. Backward starts a SUM reduce-scatter, global -> local."""
+
+    @staticmethod
+    def forward(ctx: Any, x_local: Tensor, flight: GatherInFlight) -> Tensor:
+        ctx.flight = flight
+        flight.work.wait()
+        return flight.gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        flight.grad = grad.to(flight.reduce_dtype).contiguous()  # kept alive until the exchange is over
+        flight.grad_local = flight.grad.new_empty(grad.shape[0] // flight.world_size, *grad.shape[1:])
+        # Over all ranks: every rank ends with its own rows' sum.
+        flight.work = dist.reduce_scatter_tensor(flight.grad_local, flight.grad, op=dist.ReduceOp.SUM, async_op=True)
+        return torch.empty_like(flight.grad_local, dtype=grad.dtype), None

@@ -8,12 +8,15 @@ from facetrain.checkpoint import (
     load_backbone,
     load_optimizer,
     load_state,
+    load_table_rows,
     newest_checkpoint,
     save_checkpoint,
 )
 from facetrain.config import Config, DataConfig, ModelConfig, TrainConfig
 from facetrain.engine import Engine
 from facetrain.models import build_backbone
+
+SAVED = [("sgd", 2), ("sgd", 3), ("adamw", 2), ("adamw", 3)]
 
 
 def make_engine(world, config):
@@ -32,51 +35,78 @@ def train(engine, steps):
 def config_of(optimizer, zero_stage):
     return Config(
         data=DataConfig(image_px=32),
-        model=ModelConfig(norm="group", embedding_dim=8),
+        model=ModelConfig(norm="group", embedding_dim=7),
         train=TrainConfig(optimizer=optimizer, zero_stage=zero_stage, keep_checkpoints=2),
     )
 
 
+def final_weights(engine):
+    return [tensor.numpy() for tensor in engine.weights().values()]
+
+
+TABLE = {"anchors": torch.arange(22.0).view(11, 2).bfloat16(), "refreshed_at": torch.arange(11, dtype=torch.int32)}
+TABLE_ROWS = {"sgd": ((0, 6), (6, 11)), "adamw": ((0, 11), (11, 11))}  # of a mining table, by rank
+
+
 def save_and_go_on(world, folder):
-    """Per optimizer: two steps, a checkpoint, two more steps; returns the final weights."""
+    """Per optimizer and ZeRO stage: two steps, a checkpoint, two more steps; returns the final weights."""
     final = {}
-    for optimizer in ("sgd", "adamw"):
-        config = config_of(optimizer, zero_stage=2)
+    for optimizer, zero_stage in SAVED:
+        config = config_of(optimizer, zero_stage)
         engine = make_engine(world, config)
         train(engine, range(2))
         mined = {7: np.arange(4), 8: np.arange(4)[::-1].copy()}
         state = TrainState(step=2, draws=np.arange(5), mined=mined, best_value=0.5, best_step=1)
-        save_checkpoint(folder / optimizer, engine, state, config, world)
+        first, last = TABLE_ROWS[optimizer][world.rank]
+        table_rows = {"first_row": torch.tensor([first])} | {name: rows[first:last] for name, rows in TABLE.items()}
+        save_checkpoint(folder / f"{optimizer}-{zero_stage}", engine, state, config, world, table_rows=table_rows)
         train(engine, range(2, 4))
-        final[optimizer] = [p.detach().numpy() for p in engine.backbone.parameters()]
+        final[optimizer] = final_weights(engine)
     return final
 
 
 def resume(world, folder):
-    """The same two last steps from the checkpoint, at other ZeRO stages."""
-    final = {}
-    for optimizer in ("sgd", "adamw"):
-        for zero_stage in (0, 1):
-            newest = newest_checkpoint(folder / optimizer)
+    """The same two last steps from each checkpoint, at other ZeRO stages."""
+    final = []
+    for optimizer, saved_stage in SAVED:
+        for zero_stage in (0, 1, 3):
+            newest = newest_checkpoint(folder / f"{optimizer}-{saved_stage}")
             backbone, _ = load_backbone(newest)
             engine = Engine(backbone, config_of(optimizer, zero_stage).train, world, pairs_per_rank=4)
             load_optimizer(newest, engine)
             train(engine, range(2, 4))
-            final[optimizer, zero_stage] = [p.detach().numpy() for p in engine.backbone.parameters()]
+            final.append((optimizer, final_weights(engine)))
     return final
 
 
-def test_a_checkpoint_of_two_ranks_at_zero_2_goes_on_anywhere(tmp_path):
+def test_a_checkpoint_of_two_ranks_goes_on_at_any_zero_stage_on_one_or_two(tmp_path):
     expected = run_ranks(save_and_go_on, 2, tmp_path)[0]
     for world_size in (1, 2):
-        for (optimizer, _), parameters in run_ranks(resume, world_size, tmp_path)[0].items():
-            for got, wanted in zip(parameters, expected[optimizer], strict=True):
+        for optimizer, weights in run_ranks(resume, world_size, tmp_path)[0]:
+            for got, wanted in zip(weights, expected[optimizer], strict=True):
                 np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
 
-    state = load_state(tmp_path / "sgd" / "checkpoints" / "step-00000002")
+    state = load_state(tmp_path / "sgd-2" / "checkpoints" / "step-00000002")
     assert (state.step, state.best_value, state.best_step) == (2, 0.5, 1)
     assert {step: ids.tolist() for step, ids in state.mined.items()} == {7: [0, 1, 2, 3], 8: [3, 2, 1, 0]}
     assert state.draws.tolist() == [0, 1, 2, 3, 4]
+    check_table_rows(tmp_path)
+
+
+def check_table_rows(run_dirs):
+    folders = {optimizer: run_dirs / f"{optimizer}-2" / "checkpoints" / "step-00000002" for optimizer in TABLE_ROWS}
+    for folder in folders.values():
+        for rows in (range(11), range(6), range(4, 9), range(9, 11), range(5, 5), range(11, 11)):
+            found = load_table_rows(folder, rows)
+            assert found.keys() == TABLE.keys()
+            assert all(torch.equal(found[name], TABLE[name][rows.start : rows.stop]) for name in TABLE)
+
+    (folders["adamw"] / "mining_table-00000.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"mining_table-00000\.safetensors: damaged"):
+        load_table_rows(folders["adamw"], range(11))
+    (folders["sgd"] / "mining_table-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"step-00000002: not a whole checkpoint \(5 of 11 rows of the mining table"):
+        load_table_rows(folders["sgd"], range(11))
 
 
 def save_many(world, folder):

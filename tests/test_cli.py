@@ -7,7 +7,7 @@ from commands import assert_user_error, facetrain, run
 import facetrain as package
 from facetrain.cli import main
 
-COMMANDS = ["synth", "pack", "train", "check", "lfw", "compare", "retrieval"]
+COMMANDS = ["synth", "pack", "train", "check", "estimate", "lfw", "compare", "retrieval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -77,11 +77,27 @@ def weights(run_dir: Path) -> dict[str, bytes]:
         (2, {"train__zero_stage": 2, "train__precision": "bfloat16", "data__workers": 1}),
         pytest.param(
             1,
-            {"train__optimizer": "sgd", "train__learning_rate": 0.01, "data__workers": 0, "train__clip_norm": 1.0},
+            {
+                "train__optimizer": "sgd",
+                "train__learning_rate": 0.01,
+                "data__workers": 0,
+                "train__clip_norm": 1.0,
+                "train__micro_pairs": 2,
+            },
             marks=pytest.mark.slow,
         ),
+        (
+            2,
+            {
+                "mining__mode": "table",
+                "mining__table_neighbours": 8,
+                "mining__table_max_age_steps": 6,  # some classes are always left out
+                "data__workers": 0,
+                "model__norm": "none",
+            },
+        ),
     ],
-    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd"],
+    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd", "two-ranks-table"],
 )
 def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_size, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -99,6 +115,21 @@ def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_siz
 
     finished = train(world_size, *flags(synthetic, cut, **more), cwd=tmp_path)
     assert f"{cut} is finished" in finished
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(synthetic, tmp_path):
+    words = flags(synthetic, tmp_path / "run", train__steps=100_000, train__save_every_steps=100_000)
+    job = psutil.Popen(torchrun(2, *words), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    assert job.stderr is not None
+    for line in job.stderr:
+        if b"step     10/" in line:
+            job.children()[-1].terminate()
+            break
+    output = job.stderr.read().decode()
+    assert job.wait(timeout=60) == 0, output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"stopped at step {int(checkpoint.name.removeprefix('step-'))} on request" in output
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_ranks_without_batch_statistics_train_the_same_network(synthetic, tmp_path):
@@ -173,7 +204,9 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
         assert_user_error(facetrain("check", *flags(synthetic, tmp_path / "run", **dict([words]))), *expected)
 
     check("train.global_pairs", 49, expected=("train.global_pairs", "48", "49"))
-    check("train.micro_pairs", 2, expected=("train.micro_pairs", "GradCache"))
+    check("train.micro_pairs", 3, expected=("train.micro_pairs", "divisor of the 8 pairs", "3"))
+    check("loss.tile_bytes", 31, expected=("loss.tile_bytes", "32 bytes", "31"))
+    check("loss.temperature", 0, expected=("loss.temperature", "more than 0"))
     check("data.shards", tmp_path / "nowhere", expected=("nowhere", "facetrain pack"))
     check("data.shard_px", 96, expected=("data.shard_px", "112"))
     check("data.holdout_identities", 49, expected=("data.holdout_identities", "48"))
@@ -181,6 +214,19 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
     check("model.name", "resnet", expected=("model.name", "casianet"))
     check("model.init_from", tmp_path, expected=("model.safetensors",))
     check("mining.candidates", 7, expected=("mining.candidates", "8", "7"))
+    check("mining.table_probes", 0, expected=("mining.table_probes", "1 or more", "0"))
+
+
+def test_a_gradient_that_is_not_finite_ends_all_ranks_and_names_the_batch(synthetic, tmp_path):
+    run_dir = tmp_path / "run"
+    more = {"train__optimizer": "sgd", "train__learning_rate": 1e30, "mining__mode": "off", "model__norm": "none"}
+    done = run(*torchrun(2, *flags(synthetic, run_dir, train__save_every_steps=1, **more)), cwd=tmp_path)
+    assert done.returncode != 0
+    record = json.loads((run_dir / "logs" / "not_finite.json").read_text())
+    assert done.stderr.count(f"error: step {record['step']}: train/loss is") == 1
+    assert len(set(record["identities"])) == 8
+    saved = sorted((run_dir / "checkpoints").iterdir())
+    assert [folder.name for folder in saved[-1:]] == [f"step-{record['step'] - 1:08d}"]
 
 
 def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_path):
@@ -221,4 +267,4 @@ def test_what_goes_wrong_on_another_rank_alone_is_said_by_it(synthetic, tmp_path
 def test_under_torchrun_rank_0_alone_says_what_is_wrong(synthetic, tmp_path):
     done = run(*torchrun(2, *flags(synthetic, tmp_path / "run", train__global_pairs=7)), cwd=tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count("train.global_pairs: expected a multiple of the 2 processes, got 7") == 1
+    assert done.stderr.count("error: train.global_pairs: expected a multiple of the 2 processes, got 7") == 1

@@ -177,7 +177,7 @@ def _start_worker(worker_id: int) -> None:
     # A cluster that ends a job signals all its processes, but when to stop is for the training process to decide: it
     # may still take some steps, and the death of a worker would raise in the middle of its last checkpoint.
     if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
         Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 

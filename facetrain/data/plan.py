@@ -96,12 +96,20 @@ class Plan:
         `PairLoader.first_undrawn_step`.
 
         Raises:
-            ValueError: A list has another length than N, names an identity twice, or names one that isn't trained on.
+            ValueError: A list has another length than N, names an identity twice, or names one that isn't trained on
+                or has one image.
         """
         identities_BN = np.array(identities_BN, dtype=np.int64)
         if identities_BN.ndim != 2 or identities_BN.shape[1] != self.global_pairs:
             raise ValueError(f"mined lists: expected [batches, {self.global_pairs}], got {list(identities_BN.shape)}")
         in_table = (identities_BN >= 0) & (identities_BN < self.table.num_identities)
+        known = identities_BN[in_table]
+        lone = known[self._first_image[known + 1] - self._first_image[known] < 2]
+        if len(lone):
+            raise ValueError(
+                f"mined lists of steps from {first_step}: name '{self.table.names[lone[0]]}', which has one image;"
+                " expected identities with two or more, since a pair takes two"
+            )
         if not (in_table.all() and self._trained[identities_BN].all()):
             raise ValueError(f"mined lists of steps from {first_step}: name an identity that isn't trained on")
         ordered = np.sort(identities_BN, axis=1)

@@ -1,12 +1,12 @@
 """Gathered mining: all ranks embed a round's candidates, every rank holds them all, and each mines some batches.
 
-Dims: I trained identities, C candidates of a round, B batches of a round, N identities of a batch, D embedding width.
+Dims: I trained identities, C candidates of a round, V images of a candidate (1 or 2: anchor, positive), B batches of a
+round, N identities of a batch, D embedding width.
 """
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,67 +15,59 @@ from torch import Tensor
 
 from facetrain.config import MiningConfig
 from facetrain.data.index import ClassTable
-from facetrain.losses.npair import npair_mc_rows
-from facetrain.mining.greedy import greedy_classes
+from facetrain.mining.best_first import Extend, NeighbourGraph, best_first_classes
+from facetrain.mining.greedy import GreedyResult, greedy_classes
+from facetrain.mining.lists import check_appearances, limit_appearances
+from facetrain.mining.neighbours import graph_pays, neighbour_graph
+from facetrain.mining.round import (
+    JudgedBatch,
+    MinedRound,
+    draw_candidates,
+    list_stats,
+    mean_hardness,
+    mine_over_ranks,
+    npair_loss,
+    num_random_classes,
+    round_generator,
+    subset_size,
+)
+from facetrain.mining.scores import on_grid
 from facetrain.world import World
 
-GATHERED_LIMIT = 100_000
-"""Trained identities up to which mode 'auto' takes gathered mining without further words."""
-
-_MINING_STREAM = 0x6D696E65
-"""Keeps the random numbers of mining apart from those that the plan draws from the same seed."""
-
 
 @dataclass(frozen=True)
-class MinedRound:
-    """The identity lists of one round's batches, the same on every rank."""
+class _Candidates:
+    """What the batches of a round are mined from."""
 
-    identities_BN: NDArray[np.int64]  # noqa: N815 - dims as suffixes
-    """int64; rows of the class table, none twice in a batch."""
+    identities_C: NDArray[np.int64]  # noqa: N815 - dims as suffixes
+    anchors_CD: Tensor  # noqa: N815
+    """float64, on a grid, so that a graph of all and greedy selection among some see the same scores."""
+    positives_CD: Tensor | None  # noqa: N815
+    """float64, on a grid; None with one image a class."""
+    graph: NeighbourGraph | None
+    """None where greedy selection batch by batch is faster."""
+    extend: Extend | None
 
-    stats: dict[str, float]
-    """Metrics of the round: sizes, seconds, and how hard the lists are; see `mine_round`."""
-
-
-@dataclass(frozen=True)
-class MiningSchedule:
-    """When rounds take place and which steps they serve; a function of the config alone."""
-
-    config: MiningConfig
-
-    def round_at(self, step: int) -> int | None:
-        """Return the round to mine just before `step`, or None."""
-        round_index, rest = divmod(step - self.config.warmup_steps, self.config.batches_per_round)
-        return round_index if round_index >= 0 and rest == 0 else None
-
-    def first_served_step(self, round_index: int) -> int:
-        """Return the step whose batch is the first list of the round; its other lists follow step by step."""
-        mined_before = self.config.warmup_steps + round_index * self.config.batches_per_round
-        return mined_before + self.config.lag_steps
-
-
-@dataclass(frozen=True)
-class _MinedBatch:
-    """One batch as its rank mined it."""
-
-    identities: NDArray[np.int64]
-    mean_violation: float
-    tie_share: float
-    loss_mined: float
-    loss_random: float
-
-
-def choose_mode(config: MiningConfig, num_identities: int) -> tuple[str, str]:
-    """Return the mode that mining runs in and the reason in one line, for the log."""
-    if config.mode != "auto":
-        return config.mode, "mining.mode asks for it"
-    held = min(config.candidates, num_identities)
-    if num_identities <= GATHERED_LIMIT:
-        return "gathered", f"{num_identities} identities: every rank can hold the embeddings of {held} candidates"
-    return "gathered", (
-        f"{num_identities} identities are more than gathered mining is made for ({GATHERED_LIMIT}), but mode 'table'"
-        f" doesn't exist yet: each round sees {held} of them"
-    )
+    def select(
+        self, subset: NDArray[np.int64], num: int, rng: np.random.Generator, config: MiningConfig
+    ) -> GreedyResult:
+        """Select hard classes among a rising subset of the candidates; the same ones with a graph and without."""
+        if self.graph is not None:
+            hinge, margin = config.hinge, config.margin
+            return best_first_classes(
+                self.graph, num, rng, hinge=hinge, margin=margin, extend=self.extend, subset=subset
+            )
+        rows = torch.from_numpy(subset).to(self.anchors_CD.device)
+        found = greedy_classes(
+            self.anchors_CD[rows],
+            None if self.positives_CD is None else self.positives_CD[rows],
+            num,
+            rng,
+            hinge=config.hinge,
+            margin=config.margin,
+            similarity_cap=config.similarity_cap,
+        )
+        return replace(found, order=subset[found.order])
 
 
 def mine_round(
@@ -94,10 +86,12 @@ def mine_round(
     Batch b is seeded by (seed, round, b) and mined by rank b mod W, then the lists are exchanged: for the same
     embeddings they are the same for any W. Every rank must call this at the same step.
 
-    The stats, apart from the seconds, are means over the batches: `mining/violation` of the added classes,
-    `mining/tie_share` of classes drawn among equals, `mining/overlap` (share of a list found in another list, over
-    all pairs of lists), `mining/loss_mined` and `mining/loss_random` (N-pair loss of the mined classes and of as many
-    random candidates, on the embeddings mined from) and `mining/hardness`, the first less the second.
+    The stats, apart from the seconds, are means over the batches: `mining/violation` of the classes added for their
+    score, `mining/tie_share` of classes drawn among equals, `mining/filler_share` of classes for which the similarity
+    cap left no other, `mining/overlap` (share of a list found in another list, over all pairs of lists),
+    `mining/loss_mined` and `mining/loss_random` (N-pair loss of the mined classes and of as many random candidates,
+    on the embeddings mined from) and `mining/hardness`, the first less the second. `mining/most_appearances` is how
+    many lists the most frequent identity stands in.
 
     Args:
         round_index: Counts the rounds of a run from 0.
@@ -110,124 +104,91 @@ def mine_round(
         world: The ranks that share the work.
 
     Raises:
-        ValueError: There are fewer candidates than pairs, or an embedding isn't finite.
+        ValueError: There are fewer candidates than pairs, too few identities for `mining.max_appearances`, or an
+            embedding isn't finite.
     """
     num_candidates = min(config.candidates, len(identities))
-    if num_candidates < num_pairs:
-        raise ValueError(
-            f"mining.candidates: expected at least train.global_pairs = {num_pairs} classes to choose from, got"
-            f" {num_candidates} (mining.candidates = {config.candidates}, {len(identities)} trained identities)"
-        )
+    _check_sizes(config, num_candidates, num_pairs, len(identities))
     started_at = time.perf_counter()
-    candidates_C, images_2C = _draw_candidates(_generator(seed, round_index, 0), num_candidates, table, identities)
-    embeddings_2CD = embed(images_2C)
+    rng = round_generator(seed, round_index, 0)
+    identities_C, images = draw_candidates(rng, num_candidates, table, identities, config.images_per_class)
+    embeddings_VCD = embed(images).unflatten(0, (config.images_per_class, num_candidates))
     # All ranks hold the same embeddings, so they all fail here, before any of them waits for lists.
-    if not embeddings_2CD.isfinite().all():
+    if not embeddings_VCD.isfinite().all():
         raise ValueError(f"mining round {round_index}: expected finite embeddings, got NaN or infinity")
     embedded_at = time.perf_counter()
 
-    own = {
-        b: _mine_batch(
-            _generator(seed, round_index, 1 + b), config, num_pairs, candidates_C, embeddings_2CD, identities
-        )
-        for b in range(world.rank, config.batches_per_round, world.world_size)
-    }
-    mined_at = time.perf_counter()
-    # Over all ranks; each ends with the batches of all. What was exchanged is the truth: no rank mines a batch again.
-    batches = dict(pair for part in world.all_gather_object(own) for pair in part.items())
-    exchanged_at = time.perf_counter()
-
-    in_order = [batches[b] for b in range(config.batches_per_round)]
+    candidates = _prepare(identities_C, embeddings_VCD, config, num_pairs, world)
+    prepared_at = time.perf_counter()
+    in_order, seconds = mine_over_ranks(
+        lambda b: _mine_batch(
+            round_generator(seed, round_index, 1 + b), config, num_pairs, candidates, embeddings_VCD, identities
+        ),
+        config.batches_per_round,
+        world,
+    )
+    lists_BN = np.stack([batch.identities for batch in in_order])
+    if config.max_appearances is not None:
+        rng = round_generator(seed, round_index, 1 + config.batches_per_round)
+        lists_BN = limit_appearances(lists_BN, config.max_appearances, identities, rng)
     stats = {
         "mining/round": float(round_index),
         "mining/candidates": float(num_candidates),
         "mining/embed_s": embedded_at - started_at,
-        "mining/greedy_s": mined_at - embedded_at,
-        "mining/exchange_s": exchanged_at - mined_at,
+        "mining/graph_s": prepared_at - embedded_at,
     }
-    return MinedRound(np.stack([batch.identities for batch in in_order]), stats | _hardness_stats(in_order))
+    return MinedRound(lists_BN, stats | seconds | list_stats(in_order, lists_BN) | mean_hardness(in_order))
 
 
-def _generator(seed: int, round_index: int, part: int) -> np.random.Generator:
-    """Return the random numbers of a part of a round: 0 draws the candidates, 1 + b mines batch b."""
-    return np.random.default_rng((seed, _MINING_STREAM, round_index, part))
+def _check_sizes(config: MiningConfig, num_candidates: int, num_pairs: int, num_identities: int) -> None:
+    if num_candidates < num_pairs:
+        raise ValueError(
+            f"mining.candidates: expected at least train.global_pairs = {num_pairs} classes to choose from, got"
+            f" {num_candidates} (mining.candidates = {config.candidates}, {num_identities} trained identities)"
+        )
+    if config.max_appearances is not None:
+        check_appearances(config.max_appearances, config.batches_per_round, num_pairs, num_identities)
 
 
-def _draw_candidates(
-    generator: np.random.Generator, num: int, table: ClassTable, identities: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw identities, int64 [C], and two distinct images of each, int64 [2C]: all first ones, then all second ones."""
-    candidates_C = generator.choice(identities, num, replace=False)
-    first_C = table.first_image[candidates_C]
-    count_C = table.first_image[candidates_C + 1] - first_C
-    assert count_C.min() >= 2, "identities with one image are left out of training"
-    anchor_C = generator.integers(count_C)
-    positive_C = generator.integers(count_C - 1)
-    positive_C += positive_C >= anchor_C  # uniform over the other images
-    return candidates_C, np.concatenate([first_C + anchor_C, first_C + positive_C])
+def _prepare(
+    identities_C: NDArray[np.int64], embeddings_VCD: Tensor, config: MiningConfig, num_pairs: int, world: World
+) -> _Candidates:
+    """Round the embeddings, and build the graph over all ranks if the batches are many enough for it."""
+    C = len(identities_C)
+    anchors_CD = on_grid(embeddings_VCD[0])
+    positives_CD = on_grid(embeddings_VCD[1]) if config.images_per_class == 2 else None
+    graph, extend = None, None
+    num_mined = num_pairs - num_random_classes(config, num_pairs)
+    if graph_pays(C, subset_size(config, num_pairs, C), num_mined, config.batches_per_round):
+        graph, extend = neighbour_graph(anchors_CD, positives_CD, world, similarity_cap=config.similarity_cap)
+    return _Candidates(identities_C, anchors_CD, positives_CD, graph, extend)
 
 
 def _mine_batch(
     generator: np.random.Generator,
     config: MiningConfig,
     num_pairs: int,
-    candidates_C: NDArray[np.int64],
-    embeddings_2CD: Tensor,
+    candidates: _Candidates,
+    embeddings_VCD: Tensor,
     identities: NDArray[np.int64],
-) -> _MinedBatch:
-    num_candidates = len(candidates_C)
-    num_random = min(round(config.random_share * num_pairs), num_pairs - 1)
+) -> JudgedBatch:
+    C = len(candidates.identities_C)
+    num_random = num_random_classes(config, num_pairs)
     num_mined = num_pairs - num_random
     # Each batch sees candidates of its own: from all of them, lists would fall into the same few hard classes.
-    size = min(num_candidates, max(num_pairs, math.ceil(config.candidates_per_batch * num_candidates)))
-    subset = generator.choice(num_candidates, size, replace=False)
-    subset_on_device = torch.from_numpy(subset).to(embeddings_2CD.device)
-    anchors_CD, positives_CD = embeddings_2CD.reshape(2, num_candidates, -1)[:, subset_on_device]
+    subset = np.sort(generator.choice(C, subset_size(config, num_pairs, C), replace=False))
 
-    found = greedy_classes(anchors_CD, positives_CD, num_mined, generator, hinge=config.hinge, margin=config.margin)
-    mined = candidates_C[subset[found.order]]
+    found = candidates.select(subset, num_mined, generator, config)
+    mined = candidates.identities_C[found.order]
     others = np.setdiff1d(identities, mined, assume_unique=True)
     chosen = np.concatenate([mined, generator.choice(others, num_random, replace=False)])
-    random_rows = generator.choice(size, num_mined, replace=False)
-    return _MinedBatch(
+    random_rows = generator.choice(subset, num_mined, replace=False)
+    return JudgedBatch(
         # Shuffled, because ranks take slices of the list: random classes and late finds go to all of them.
         identities=generator.permutation(chosen),
-        mean_violation=float(found.violations[1:].mean()) if num_mined > 1 else 0.0,
+        mean_violation=found.mean_violation,
         tie_share=found.ties / max(1, num_mined - 1),
-        loss_mined=_npair_loss(anchors_CD, positives_CD, found.order),
-        loss_random=_npair_loss(anchors_CD, positives_CD, random_rows),
+        filler_share=found.fillers / max(1, num_mined - 1),
+        loss_mined=npair_loss(embeddings_VCD, found.order),
+        loss_random=npair_loss(embeddings_VCD, random_rows),
     )
-
-
-@torch.no_grad()
-def _npair_loss(anchors_CD: Tensor, positives_CD: Tensor, rows: NDArray[np.int64]) -> float:
-    rows_N = torch.from_numpy(rows).to(anchors_CD.device)
-    anchors_ND, positives_ND = anchors_CD[rows_N], positives_CD[rows_N]
-    return float(npair_mc_rows(anchors_ND, positives_ND, positives_ND, rows_N, rows_N).mean())
-
-
-def _hardness_stats(batches: list[_MinedBatch]) -> dict[str, float]:
-    loss_mined = float(np.mean([batch.loss_mined for batch in batches]))
-    loss_random = float(np.mean([batch.loss_random for batch in batches]))
-    return {
-        "mining/violation": float(np.mean([batch.mean_violation for batch in batches])),
-        "mining/tie_share": float(np.mean([batch.tie_share for batch in batches])),
-        "mining/overlap": mean_overlap(np.stack([batch.identities for batch in batches])),
-        "mining/loss_mined": loss_mined,
-        "mining/loss_random": loss_random,
-        "mining/hardness": loss_mined - loss_random,
-    }
-
-
-def mean_overlap(identities_BN: NDArray[np.int64]) -> float:
-    """Return the mean share of a list that another list holds too, over all pairs of lists; 0 for a single list.
-
-    Args:
-        identities_BN: int64; B lists of N identities, none twice in a list.
-    """
-    num_lists, length = identities_BN.shape
-    if num_lists == 1:
-        return 0.0
-    # An identity that stands in k lists is shared by k (k - 1) / 2 pairs of lists.
-    _, in_lists = np.unique(identities_BN, return_counts=True)
-    return float((in_lists * (in_lists - 1)).sum() / (num_lists * (num_lists - 1) * length))

@@ -4,13 +4,19 @@ import logging
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from facetrain.config import Config
 from facetrain.data.decode import decode_face
 from facetrain.data.shards import ShardSet
 from facetrain.embed import embed_images
-from facetrain.mining.gathered import MinedRound, MiningSchedule, choose_mode, mine_round
+from facetrain.mining.embedding_table import EmbeddingTable
+from facetrain.mining.gathered import mine_round
+from facetrain.mining.mode import choose_mode
+from facetrain.mining.quota import mine_quota_round
+from facetrain.mining.round import MinedRound, MiningSchedule
+from facetrain.mining.table import mine_table_round
 from facetrain.world import World
 
 log = logging.getLogger(__name__)
@@ -23,17 +29,24 @@ class Miner:
         """Mine among `identities`, int64 [I], rows of the shards' class table that are trained on."""
         self.config, self.shards, self.identities, self.world = config, shards, identities, world
         self.schedule = MiningSchedule(config.mining)
+        self.mode = choose_mode(config.mining, num_identities=len(identities), num_pairs=config.train.global_pairs)
+        self.table: EmbeddingTable | None = None
+        """What recent training steps have shown, in mode 'table': it belongs to the state of a run."""
+        if self.mode.name == "table":
+            dtype = getattr(torch, config.mining.table_dtype)
+            self.table = EmbeddingTable(identities, dtype=dtype, world=world)
 
-    def describe(self) -> str:
-        """Return the mode and why it was chosen, for the log."""
-        return "mining: {}; {}".format(*choose_mode(self.config.mining, len(self.identities)))
+    def observe(self, step: int, labels_n: Tensor, embeddings_VnD: Tensor) -> None:
+        """Learn from a step that was trained; every rank must call it. Only mode 'table' does."""
+        if self.table is not None:
+            self.table.observe(step, labels_n, embeddings_VnD)
 
     def mine_before(self, step: int, backbone: nn.Module) -> tuple[int, MinedRound] | None:
         """Mine if a round is due just before this step; every rank must call it with the same network.
 
         Returns:
-            The first step that the round serves (`mining.lag_steps` later) and its lists; None if no round is due or
-            it would serve no step of the run.
+            The first step that the round serves (`mining.lag_steps` later) and its lists; None if no round is due,
+            if it would serve no step of the run, or if the table isn't full enough.
         """
         round_index = self.schedule.round_at(step)
         if round_index is None:
@@ -41,29 +54,47 @@ class Miner:
         first_step = self.schedule.first_served_step(round_index)
         if first_step >= self.config.train.steps:
             return None
-        mined = mine_round(
-            round_index,
-            self.config.mining,
-            num_pairs=self.config.train.global_pairs,
-            table=self.shards.table,
-            identities=self.identities,
-            embed=lambda image_idx: self._embed(backbone, image_idx),
-            seed=self.config.run.seed,
-            world=self.world,
-        )
+        mined = self._mine(round_index, step, backbone)
+        if mined is None:
+            return None
         s = mined.stats
+        seconds = [f"  {part} {s[f'mining/{part}_s']:.1f} s" for part in _PARTS if f"mining/{part}_s" in s]
+        recall = f"  recall {s['mining/recall']:.1%}" if s.get("mining/recall", 1.0) < 1 else ""
         log.info(
             f"mining round {round_index}  {s['mining/candidates']:.0f} candidates"
             f"  violation {s['mining/violation']:.2f}  loss {s['mining/loss_mined']:.3f}"
             f" (random {s['mining/loss_random']:.3f})  ties {s['mining/tie_share']:.1%}"
-            f"  overlap {s['mining/overlap']:.0%}  embed {s['mining/embed_s']:.1f} s"
-            f"  greedy {s['mining/greedy_s']:.1f} s"
+            f"  overlap {s['mining/overlap']:.0%}{recall}{''.join(seconds)}"
         )
         return first_step, mined
 
-    def _embed(self, backbone: nn.Module, image_idx: npt.NDArray[np.int64]) -> Tensor:
+    def _mine(self, round_index: int, step: int, backbone: nn.Module) -> MinedRound | None:
+        config, seed = self.config.mining, self.config.run.seed
+        num_pairs = self.config.train.global_pairs
+        if self.table is not None:
+            return mine_table_round(round_index, step, config, num_pairs=num_pairs, table=self.table, seed=seed)
+        by_quota = self.mode.name == "quota"
+        embedding_world = World(device=self.world.device) if by_quota else self.world
+        return (mine_quota_round if by_quota else mine_round)(
+            round_index,
+            config,
+            num_pairs=num_pairs,
+            table=self.shards.table,
+            identities=self.identities,
+            embed=lambda image_idx: self._embed(backbone, image_idx, embedding_world),
+            seed=seed,
+            world=self.world,
+        )
+
+    def _embed(self, backbone: nn.Module, image_idx: npt.NDArray[np.int64], world: World) -> Tensor:
+        """Embed images over the ranks of `world`: all of the run's, or this one alone."""
+
         def decode(i: int) -> npt.NDArray[np.uint8]:
             image = int(image_idx[i])
             return decode_face(self.shards.read(image), self.config.data, self.shards.where(image))
 
-        return embed_images(backbone, decode, len(image_idx), world=self.world, precision=self.config.train.precision)
+        return embed_images(backbone, decode, len(image_idx), world=world, precision=self.config.train.precision)
+
+
+_PARTS = ("embed", "graph", "search", "exchange")
+"""Parts of a round whose seconds are logged, where it has them."""

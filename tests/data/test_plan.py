@@ -130,6 +130,12 @@ def test_unusable_mined_lists_are_refused(lists, message):
         plan.add_mined(5, np.array(lists))
 
 
+def test_a_mined_identity_with_one_image_is_named():
+    plan = Plan(table_of([2, 3, 1, 4, 2]), np.array([0, 1, 3, 4]), global_pairs=2, seed=0)
+    with pytest.raises(ValueError, match="mined lists of steps from 5: name 'person2', which has one image; expected"):
+        plan.add_mined(5, np.array([[0, 1], [3, 2]]))
+
+
 def test_more_pairs_than_identities_is_refused():
     with pytest.raises(ValueError, match=r"train\.global_pairs: expected at most the 9 identities .* got 10"):
         plan_of(9, 10)

@@ -14,19 +14,31 @@ def collectives(world):
         called.append(rank)
         raise ValueError("rank 0 could not")
 
+    def fail_on_rank_1():
+        if rank == 1:
+            raise ValueError("rank 1 could not")
+
     caught = None
     try:
         world.on_main(fail)
     except ValueError as error:
         caught = str(error)
+    caught_of_all = None
+    try:
+        world.on_all(fail_on_rank_1)
+    except ValueError as error:
+        caught_of_all = str(error)
     return {
         "even": world.all_gather(torch.tensor([rank])).tolist(),
         "uneven": world.all_gather_uneven(own)[:, 0].tolist(),
+        "nothing": list(world.all_gather_uneven(own[:0]).shape),
         "objects": world.all_gather_object({"rank": rank}),
         "broadcast": world.broadcast_object(f"from {rank}"),
         "mean": world.all_reduce_mean_(torch.tensor([float(rank)])).item(),
         "on_main": world.on_main(lambda: f"from {rank}"),
         "caught": (caught, called),
+        "caught_of_all": caught_of_all,
+        "overwritten": world.broadcast_(torch.tensor([rank, 7], dtype=torch.bfloat16), 1).tolist(),
     }
 
 
@@ -35,11 +47,14 @@ def test_every_rank_ends_with_the_same_values():
     for rank, result in enumerate(results):
         assert result["even"] == [0, 1, 2]
         assert result["uneven"] == [1.0, 2.0, 2.0]
+        assert result["nothing"] == [0, 2]
         assert result["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert result["broadcast"] == "from 0"
         assert result["mean"] == 1.0
         assert result["on_main"] == "from 0"
         assert result["caught"] == ("rank 0 could not", [0] if rank == 0 else [])
+        assert result["caught_of_all"] == "rank 1 could not"
+        assert result["overwritten"] == [1, 7]
 
 
 def test_a_world_of_one_needs_no_process_group():

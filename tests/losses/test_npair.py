@@ -40,24 +40,69 @@ def test_rows_are_the_cross_entropy_with_the_diagonal_as_target():
     torch.testing.assert_close(rows(anchors, positives), expected, rtol=1e-13, atol=1e-13)
 
 
-def test_gradients_pass_gradcheck_with_and_without_repeated_identities():
+VARIANTS = [
+    {},
+    {"symmetric": True},
+    {"temperature": 0.3},
+    {"symmetric": True, "temperature": 0.3},
+    {"name": "npair-ovo"},
+    {"name": "npair-ovo", "temperature": 0.3},
+    {"name": "tuplet"},
+    {"name": "tuplet", "temperature": 0.3},
+]
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+DISTINCT, REPEATED = torch.arange(6), torch.tensor([0, 1, 1, 2, 3, 3])
+
+
+def by_the_formula(anchors, positives, labels, *, name="npair-mc", symmetric=False, temperature=None):
+    """The mean loss, pair by pair."""
+    if temperature is not None:
+        anchors, positives = (x / x.norm(dim=1, keepdim=True) / temperature**0.5 for x in (anchors, positives))
+    if symmetric:
+        swapped = by_the_formula(positives, anchors, labels, name=name)
+        return (by_the_formula(anchors, positives, labels, name=name) + swapped) / 2
+    others = anchors if name == "tuplet" else positives
+    terms = []
+    for i, (anchor, positive) in enumerate(zip(anchors, positives, strict=True)):
+        exponents = [anchor @ others[j] - anchor @ positive for j in range(len(others)) if labels[j] != labels[i]]
+        if name == "npair-ovo":
+            terms.append(sum(torch.log1p(e.exp()) for e in exponents))
+        else:
+            terms.append(torch.log1p(sum(e.exp() for e in exponents)))
+    return sum(terms) / len(terms)
+
+
+@every_variant
+@pytest.mark.parametrize("labels", [DISTINCT, REPEATED], ids=["distinct", "repeated"])
+def test_every_variant_is_its_formula_and_passes_gradcheck(variant, labels):
     anchors, positives = torch.randn(2, 6, 4, dtype=torch.float64).requires_grad_()
-    for labels in (torch.arange(6), torch.tensor([0, 1, 1, 2, 3, 3])):
-        assert torch.autograd.gradcheck(lambda a, p, y=labels: rows(a, p, y).sum(), (anchors, positives))
+    loss = NPairLoss(LossConfig(l2_weight=0.01, **variant), World())
+    value = loss(anchors, positives, labels)
+    torch.testing.assert_close(value.npair, by_the_formula(anchors, positives, labels, **variant).detach())
+    assert torch.autograd.gradcheck(lambda a, p: loss(a, p, labels).total, (anchors, positives))
 
 
-def test_tiles_change_nothing_but_memory():
+@every_variant
+def test_tiles_change_nothing_but_memory(variant):
     anchors, positives = torch.randn(2, 23, 8, dtype=torch.float64).requires_grad_()
-    labels = torch.arange(23) // 2
 
     def outcome(tile_bytes):
-        losses = npair_mc_rows(anchors, positives, positives, labels, labels, tile_bytes)
-        return [losses.detach(), *torch.autograd.grad((losses * torch.arange(23)).sum(), (anchors, positives))]
+        loss = NPairLoss(LossConfig(tile_bytes=tile_bytes, **variant), World())
+        total = loss(anchors, positives, torch.arange(23) // 2).total
+        return [total.detach(), *torch.autograd.grad(total, (anchors, positives))]
 
     whole = outcome(1 << 20)
     for tile_bytes in (1, 3 * 23 * 8, 22 * 23 * 8):
         for tiled, expected in zip(outcome(tile_bytes), whole, strict=True):
             torch.testing.assert_close(tiled, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_symmetric_loss_is_the_mean_of_two_cross_entropies():
+    anchors, positives = torch.randn(2, 9, 5, dtype=torch.float64)
+    logits = anchors @ positives.T
+    expected = (F.cross_entropy(logits, torch.arange(9)) + F.cross_entropy(logits.T, torch.arange(9))) / 2
+    value = NPairLoss(LossConfig(symmetric=True), World())(anchors, positives, torch.arange(9))
+    torch.testing.assert_close(value.npair, expected)
 
 
 def test_gradients_equal_those_of_a_cross_entropy():
@@ -75,9 +120,11 @@ def test_pairs_of_one_identity_are_no_negatives_of_each_other():
     torch.testing.assert_close(repeated[0], alone[0])
 
 
-def test_a_row_without_negatives_has_loss_and_gradient_zero():
+@every_variant
+def test_pairs_without_negatives_have_loss_and_gradient_zero(variant):
     anchors, positives = torch.randn(2, 3, 4).requires_grad_()
-    loss = rows(anchors, positives, torch.zeros(3, dtype=torch.int64)).sum()
+    objective = NPairLoss(LossConfig(l2_weight=0.0, **variant), World())
+    loss = objective(anchors, positives, torch.zeros(3, dtype=torch.int64)).total
     gradients = torch.autograd.grad(loss, (anchors, positives))
     assert loss.item() == 0
     assert all(gradient.eq(0).all() for gradient in gradients)

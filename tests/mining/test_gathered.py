@@ -11,7 +11,9 @@ from torch import Tensor
 
 from facetrain.config import MiningConfig
 from facetrain.data.index import ClassTable
-from facetrain.mining.gathered import MinedRound, MiningSchedule, choose_mode, mean_overlap, mine_round
+from facetrain.mining.gathered import mine_round
+from facetrain.mining.neighbours import graph_pays
+from facetrain.mining.round import MinedRound, MiningSchedule
 from facetrain.world import World
 
 NUM_IDENTITIES = 120
@@ -70,6 +72,9 @@ CASES = (
     {"config": MiningConfig(mode="gathered", candidates=60, batches_per_round=5)},
     {"config": MiningConfig(mode="gathered", candidates=60, batches_per_round=3, random_share=0.25), "round_index": 2},
     {"config": MiningConfig(mode="gathered", batches_per_round=1, hinge=True, margin=0.5), "num_pairs": 7},
+    {"config": MiningConfig(mode="gathered", images_per_class=1, max_appearances=3, batches_per_round=7)},
+    {"config": MiningConfig(mode="gathered", similarity_cap=0.9, batches_per_round=6, candidates_per_batch=1.0)},
+    {"config": MiningConfig(mode="gathered", similarity_cap=0.9, batches_per_round=1, hinge=True)},
 )
 
 
@@ -84,6 +89,20 @@ def test_lists_are_equal_for_any_number_of_ranks() -> None:
             for mined, expected in zip(rank_rounds, alone, strict=True):
                 assert np.array_equal(mined.identities_BN, expected.identities_BN)
                 assert without_seconds(mined) == without_seconds(expected)
+
+
+def test_some_of_these_cases_search_a_graph_and_some_do_not() -> None:
+    assert [graph_pays(60, 30, 16, 5), graph_pays(115, 58, 7, 1), graph_pays(115, 115, 16, 6)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"hinge": True, "margin": 0.5}, {"images_per_class": 1}, {"similarity_cap": 0.9}]
+)
+def test_a_batch_is_the_same_from_a_graph_and_from_greedy_selection(options: dict[str, Any]) -> None:
+    by_greedy = mine(MiningConfig(mode="gathered", batches_per_round=1, **options)).identities_BN
+    by_graph = mine(MiningConfig(mode="gathered", batches_per_round=12, **options)).identities_BN
+    assert [graph_pays(115, 58, 16, batches) for batches in (1, 12)] == [False, True]
+    assert np.array_equal(by_greedy[0], by_graph[0])
 
 
 def without_seconds(mined: MinedRound) -> dict[str, float]:
@@ -142,6 +161,45 @@ def test_two_distinct_images_of_each_candidate_are_embedded_once() -> None:
     assert (anchors != positives).all()
 
 
+def test_one_image_of_each_candidate_is_embedded_if_asked() -> None:
+    table, faces, asked = table_of_faces(), clustered_faces(table_of_faces()), []
+
+    def embed(images: np.ndarray) -> Tensor:
+        asked.append(images)
+        return faces[torch.from_numpy(images)]
+
+    config = MiningConfig(mode="gathered", candidates=80, batches_per_round=2, images_per_class=1)
+    mined = mine_round(
+        0, config, num_pairs=8, table=table, identities=np.arange(NUM_IDENTITIES), embed=embed, seed=0, world=World()
+    )
+    assert len(set(identity_of(table, asked[0]))) == len(asked[0]) == 80
+    assert mined.stats["mining/loss_mined"] > mined.stats["mining/loss_random"]
+
+
+def test_similarity_cap_keeps_clusters_apart() -> None:
+    def share_of_pairs_in_a_cluster(**options: Any) -> float:
+        lists = mine(MiningConfig(mode="gathered", batches_per_round=12, **options)).identities_BN % 20
+        return float((lists[:, :, None] == lists[:, None]).mean())
+
+    assert share_of_pairs_in_a_cluster(similarity_cap=0.9) < 0.9 * share_of_pairs_in_a_cluster()
+    stats = mine(MiningConfig(mode="gathered", batches_per_round=3, similarity_cap=0.05), num_pairs=40).stats
+    assert stats["mining/filler_share"] > 0.2
+
+
+def test_an_identity_stands_in_no_more_lists_than_allowed() -> None:
+    config = {"mode": "gathered", "batches_per_round": 6, "candidates_per_batch": 1.0}
+    assert mine(MiningConfig(**config)).stats["mining/most_appearances"] > 2  # type: ignore[arg-type]
+    limited = mine(MiningConfig(**config, max_appearances=2))  # type: ignore[arg-type]
+    assert (
+        limited.stats["mining/most_appearances"] == np.unique(limited.identities_BN, return_counts=True)[1].max() == 2
+    )
+    assert all(len(set(batch)) == 16 for batch in limited.identities_BN.tolist())
+    with pytest.raises(
+        ValueError, match=r"mining\.max_appearances: expected at least 2, .* fill 12 batches of 16, got 1"
+    ):
+        mine(MiningConfig(mode="gathered", batches_per_round=12, max_appearances=1))
+
+
 def test_rounds_batches_and_seeds_differ_and_repeat() -> None:
     config = MiningConfig(mode="gathered", candidates=60, batches_per_round=4)
     first = mine(config).identities_BN
@@ -173,11 +231,6 @@ def test_too_few_candidates_and_broken_embeddings_are_named() -> None:
         )
 
 
-def test_overlap_is_the_mean_over_pairs_of_lists() -> None:
-    assert mean_overlap(np.array([[1, 2, 3, 4], [3, 4, 5, 6], [4, 7, 8, 9]])) == pytest.approx((2 + 1 + 1) / 3 / 4)
-    assert mean_overlap(np.array([[1, 2]])) == 0
-
-
 def test_rounds_come_before_the_steps_that_they_serve() -> None:
     schedule = MiningSchedule(MiningConfig(mode="gathered", warmup_steps=10, batches_per_round=4, lag_steps=6))
     assert {step: schedule.round_at(step) for step in (0, 9, 10, 11, 14, 18)} == {
@@ -189,13 +242,3 @@ def test_rounds_come_before_the_steps_that_they_serve() -> None:
         18: 2,
     }
     assert [schedule.first_served_step(r) for r in (0, 1, 2)] == [16, 20, 24]
-
-
-def test_auto_takes_gathered_and_says_why() -> None:
-    assert choose_mode(MiningConfig(mode="off"), 50) == ("off", "mining.mode asks for it")
-    mode, reason = choose_mode(MiningConfig(mode="auto", candidates=500), 90_000)
-    assert mode == "gathered"
-    assert "500 candidates" in reason
-    mode, reason = choose_mode(MiningConfig(mode="auto"), 2_000_000)
-    assert mode == "gathered"
-    assert "'table' doesn't exist yet" in reason

@@ -49,6 +49,33 @@ def test_each_added_class_has_the_largest_score_of_the_formula(seed: int, hinge:
     check_against_formula(anchors, positives, found, hinge, margin)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("one_image", [False, True])
+def test_under_a_similarity_cap_the_hardest_of_the_allowed_classes_is_added(seed: int, one_image: bool) -> None:
+    anchors, positives = integer_embeddings(seed, num=40, dim=4)
+    found = greedy_classes(
+        anchors, None if one_image else positives, 40, np.random.default_rng(seed), similarity_cap=0.77
+    )
+    a, p = anchors.double(), (anchors if one_image else positives).double()
+    scores = a @ p.T - (0 if one_image else (a * p).sum(1, keepdim=True))
+    capped = torch.nn.functional.cosine_similarity(a[:, None], p[None], dim=2) > 0.77
+    fillers = 0
+    for n in range(1, 40):
+        selected = found.order[:n]
+        rest = np.setdiff1d(np.arange(40), selected)
+        allowed = rest[~capped[selected][:, rest].any(0).numpy()]
+        if len(allowed):
+            violations = scores[selected][:, allowed].amax(0)
+            assert found.order[n] in allowed[(violations == violations.max()).numpy()]
+            assert found.violations[n] == violations.max()
+        else:
+            fillers += 1
+            assert found.violations[n] == 0
+    assert found.fillers == fillers
+    assert 0 < fillers < 39
+    assert found.mean_violation == pytest.approx(found.violations.sum() / (39 - fillers))
+
+
 def test_first_class_and_ties_are_drawn_uniformly() -> None:
     anchors, positives = torch.ones(5, 3), torch.ones(5, 3)
     orders = [tuple(greedy_classes(anchors, positives, 2, np.random.default_rng(s)).order) for s in range(2000)]

@@ -1,0 +1,354 @@
+"""What mining a batch costs: greedy selection one by one against best-first search on a graph that batches share.
+
+    OMP_NUM_THREADS=1 python benchmarks/mining.py [--quick] [--json FILE] [--exact 10000] [--approximate 100000]
+
+Embeddings are drawn, with the structure of faces: identities lie in groups, groups in larger groups, and two images of
+an identity differ. Every case is seeded; times are medians over batches mined from different starts.
+
+- `plain` is incremental greedy selection in float32, as one would write it: a product with all positives per class.
+- `reference` is `greedy_classes`, whose scores are exact in float64, so that lists can be compared to the bit.
+- `search` is `best_first_classes`, given the graph.
+
+Dims: C candidate classes, D embedding width, N classes of a batch.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from facetrain.mining.best_first import NeighbourGraph, best_first_classes
+from facetrain.mining.greedy import GreedyResult, greedy_classes
+from facetrain.mining.neighbours import NEIGHBOURS, graph_pays, neighbour_graph
+from facetrain.search import ClusteredIndex, similarity_blocks, unit_centres
+from facetrain.world import World
+
+T = TypeVar("T")
+
+BATCHES_PER_ROUND = (1, 8, 64)
+SEARCHES, GREEDY_RUNS = 5, 2
+
+
+@dataclass(frozen=True)
+class ExactCase:
+    """Best-first search on an exact graph; times in ms, those of a batch unless they say otherwise."""
+
+    candidates: int
+    pairs: int
+    plain_ms: float
+    reference_ms: float
+    search_ms: float
+    search_extends: int
+    """Rows that ran dry and were computed anew during the search."""
+    same_lists: bool
+    graph_ms: float
+    """Once a round."""
+    batch_ms_by_batches: dict[int, float]
+    """Graph and search a batch, by the batches that share the graph."""
+    break_even_batches: int
+    """Batches from which the graph is faster than plain greedy selection."""
+    rule_takes_graph_from: int
+    """Batches from which `graph_pays` says so."""
+
+
+@dataclass(frozen=True)
+class ApproximateCase:
+    """Best-first search on a graph found by FAISS: not exact, so its lists are judged by their violations."""
+
+    candidates: int
+    pairs: int
+    plain_ms: float
+    search_ms: float
+    fillers: int
+    graph_ms: float
+    """Once a round."""
+    recall: float
+    """Share of the exact neighbours that the graph holds, over 256 random classes."""
+    violation_plain: float
+    violation_search: float
+    """Mean over the added classes, of one list from the same start."""
+    same_classes: float
+    """Share of the classes of the two lists that are in both."""
+    batch_ms_by_batches: dict[int, float]
+    break_even_batches: int
+
+
+def main() -> None:
+    """Measure, print the tables and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--exact", type=int, nargs="*", help="candidates for the exact graph (default 10000)")
+    parser.add_argument("--approximate", type=int, nargs="*", help="candidates for FAISS (default 100000)")
+    parser.add_argument("--pairs", type=int, nargs="*", help="classes of a batch (default 320 1000 4000)")
+    parser.add_argument("--width", type=int, help="embedding width (default 512)")
+    args = parser.parse_args()
+    exact = args.exact if args.exact is not None else [3000] if args.quick else [10_000]
+    approximate = args.approximate if args.approximate is not None else [8000] if args.quick else [100_000]
+    pairs = args.pairs or ([100, 320] if args.quick else [320, 1000, 4000])
+    width = args.width or (128 if args.quick else 512)
+
+    where = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "width": width,
+    }
+    print("  ".join(f"{key} {value}" for key, value in where.items()))
+    exact_cases = [case for size in exact for case in measure_exact(size, width, pairs)]
+    print_exact(exact_cases)
+    approximate_cases = [case for size in approximate for case in measure_approximate(size, width, pairs)]
+    print_approximate(approximate_cases)
+    if args.json:
+        cases = {"exact": exact_cases, "approximate": approximate_cases}
+        report = where | {name: [asdict(case) for case in found] for name, found in cases.items()}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def grouped_faces(num: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw anchors and positives, float32 [C, D] of norm 5: groups of 50 classes, in groups of 20 groups."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(count, width, generator=rng)
+
+    num_groups = max(2, num // 50)
+    num_large = max(2, num_groups // 20)
+    groups = draw(num_large)[torch.randint(num_large, (num_groups,), generator=rng)] + draw(num_groups)
+    classes = groups[torch.randint(num_groups, (num,), generator=rng)] + draw(num)
+    anchors, positives = (5 * torch.nn.functional.normalize(classes + draw(num), dim=1) for _ in range(2))
+    return anchors, positives
+
+
+@torch.no_grad()
+def plain_greedy(anchors_CD: Tensor, positives_CD: Tensor, num: int, rng: np.random.Generator) -> GreedyResult:
+    """Select classes as `greedy_classes` does, from the same first class, in float32 and without looking for ties."""
+    best_C, taken_C = torch.full((2, len(anchors_CD)), -torch.inf)
+    taken_C.zero_()
+    order, violations = [int(rng.random(num)[0] * len(anchors_CD))], [0.0]
+    for _ in range(1, num):
+        taken_C[order[-1]] = -torch.inf
+        products_C = positives_CD @ anchors_CD[order[-1]]
+        torch.maximum(best_C, products_C - products_C[order[-1]], out=best_C)
+        value, place = (best_C + taken_C).max(dim=0)
+        order.append(int(place))
+        violations.append(float(value))
+    return GreedyResult(np.array(order), np.array(violations, dtype=np.float32), ties=0)
+
+
+def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[ExactCase]:
+    """Time all numbers of pairs on one exact graph, and compare the lists."""
+    anchors, positives = grouped_faces(num_candidates, width, seed=0)
+    graph_ms, (graph, extend) = timed(lambda: neighbour_graph(anchors, positives, World()))
+    cases = []
+    for num in pairs:
+        dry: set[tuple[int, int]] = set()
+
+        def extend_and_count(s: int, length: int, dry: set[tuple[int, int]] = dry) -> Any:
+            dry.add((s, length))
+            return extend(s, length)
+
+        def search(seed: int, num: int = num, extend_and_count: Any = extend_and_count) -> GreedyResult:
+            return best_first_classes(graph, num, np.random.default_rng(seed), extend=extend_and_count)
+
+        def reference(seed: int, num: int = num) -> GreedyResult:
+            return greedy_classes(anchors, positives, num, np.random.default_rng(seed))
+
+        def plain(seed: int, num: int = num) -> GreedyResult:
+            return plain_greedy(anchors, positives, num, np.random.default_rng(seed))
+
+        search_ms, found = median_of(search, SEARCHES)
+        plain_ms, _ = median_of(plain, GREEDY_RUNS)
+        reference_ms, expected = median_of(reference, GREEDY_RUNS)
+        cases.append(
+            ExactCase(
+                candidates=num_candidates,
+                pairs=num,
+                plain_ms=plain_ms,
+                reference_ms=reference_ms,
+                search_ms=search_ms,
+                search_extends=round(len(dry) / SEARCHES),
+                same_lists=all(same(a, b) for a, b in zip(found, expected, strict=False)),
+                graph_ms=graph_ms,
+                batch_ms_by_batches=shared(graph_ms, search_ms),
+                break_even_batches=break_even(graph_ms, search_ms, plain_ms),
+                rule_takes_graph_from=next(
+                    b for b in range(1, 10**6) if graph_pays(num_candidates, num_candidates, num, b)
+                ),
+            )
+        )
+    return cases
+
+
+def measure_approximate(num_candidates: int, width: int, pairs: list[int]) -> list[ApproximateCase]:
+    """Time all numbers of pairs on one graph of FAISS, and say how far its lists are from greedy ones."""
+    anchors, positives = grouped_faces(num_candidates, width, seed=0)
+    graph_ms, graph = timed(lambda: approximate_graph(anchors, positives))
+    recall = recall_of(graph, anchors, positives)
+    cases = []
+    for num in pairs:
+
+        def search(seed: int, num: int = num) -> GreedyResult:
+            return best_first_classes(graph, num, np.random.default_rng(seed), extend=None)
+
+        def plain(seed: int, num: int = num) -> GreedyResult:
+            return plain_greedy(anchors, positives, num, np.random.default_rng(seed))
+
+        search_ms, (found, *_) = median_of(search, SEARCHES)
+        plain_ms, (greedy,) = median_of(plain, 1)
+        cases.append(
+            ApproximateCase(
+                candidates=num_candidates,
+                pairs=num,
+                plain_ms=plain_ms,
+                search_ms=search_ms,
+                fillers=found.fillers,
+                graph_ms=graph_ms,
+                recall=recall,
+                violation_plain=greedy.mean_violation,
+                violation_search=true_violation(anchors, positives, found.order),
+                same_classes=len(np.intersect1d(found.order, greedy.order)) / num,
+                batch_ms_by_batches=shared(graph_ms, search_ms),
+                break_even_batches=break_even(graph_ms, search_ms, plain_ms),
+            )
+        )
+    return cases
+
+
+def approximate_graph(anchors_CD: Tensor, positives_CD: Tensor, probes: int = 16) -> NeighbourGraph:
+    """Find neighbours in the `probes` most promising of 4 sqrt(C) clusters; their scores are of bfloat16 positives."""
+    num_clusters = 4 * math.isqrt(len(anchors_CD))
+    index = ClusteredIndex(unit_centres(positives_CD[: 40 * num_clusters], num_clusters, seed=0))
+    index.add(positives_CD)
+    scores_CK, neighbours_CK = index.top_k(anchors_CD, NEIGHBOURS, probes=probes)
+    own_C = (anchors_CD * positives_CD.bfloat16().float()).sum(dim=1)
+    return NeighbourGraph(neighbours_CK.int().numpy(), scores_CK.numpy(), own_C.numpy())
+
+
+def recall_of(graph: NeighbourGraph, anchors_CD: Tensor, positives_CD: Tensor, num_classes: int = 256) -> float:
+    """Return the share of the exact K neighbours of random classes that the graph holds."""
+    classes = np.random.default_rng(0).choice(len(anchors_CD), min(num_classes, len(anchors_CD)), replace=False)
+    exact = torch.cat(
+        [scores.topk(NEIGHBOURS).indices for _, scores in similarity_blocks(anchors_CD[classes], positives_CD)]
+    )
+    held = [len(np.intersect1d(graph.neighbours[s], row)) for s, row in zip(classes, exact.numpy(), strict=True)]
+    return float(np.mean(held)) / NEIGHBOURS
+
+
+def true_violation(anchors_CD: Tensor, positives_CD: Tensor, order: NDArray[np.int64]) -> float:
+    """Return the mean, over the added classes of a list, of the exact score that each had when it was added."""
+    products_NN = anchors_CD[order] @ positives_CD[order].T
+    scores_NN = (
+        (products_NN - products_NN.diagonal()[:, None])
+        .triu(diagonal=1)
+        .masked_fill(torch.ones_like(products_NN).tril().bool(), -torch.inf)
+    )
+    return float(scores_NN.amax(dim=0)[1:].mean())
+
+
+def same(one: GreedyResult, other: GreedyResult) -> bool:
+    """Return whether two lists are equal in order, scores and ties."""
+    return (
+        np.array_equal(one.order, other.order)
+        and np.array_equal(one.violations, other.violations)
+        and one.ties == other.ties
+    )
+
+
+def shared(graph_ms: float, search_ms: float) -> dict[int, float]:
+    """Return the time a batch takes by the number of batches that share a graph."""
+    return {batches: graph_ms / batches + search_ms for batches in BATCHES_PER_ROUND}
+
+
+def break_even(graph_ms: float, search_ms: float, greedy_ms: float) -> int:
+    """Return the batches from which a graph and its searches take less time than greedy selection; 0 if never."""
+    return math.ceil(graph_ms / (greedy_ms - search_ms)) if greedy_ms > search_ms else 0
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Return the milliseconds that the work took, and its result."""
+    started_at = time.perf_counter()
+    result = work()
+    return 1e3 * (time.perf_counter() - started_at), result
+
+
+def median_of(mine: Callable[[int], GreedyResult], runs: int) -> tuple[float, list[GreedyResult]]:
+    """Return the median milliseconds of mining from seeds 0 to runs - 1, and the lists."""
+    times, found = zip(*(timed(lambda seed=seed: mine(seed)) for seed in range(runs)), strict=True)
+    return statistics.median(times), list(found)
+
+
+def print_exact(cases: list[ExactCase]) -> None:
+    """Print a row for each case."""
+    head = ["C", "N", "plain", "reference", "search", "times faster", "same lists", "extended", "graph once"]
+    head += [f"a batch of {b}" for b in BATCHES_PER_ROUND] + ["break-even", "rule"]
+    print("\nexact graph; ms a batch")
+    print_table(
+        head,
+        [
+            [
+                f"{c.candidates:,}",
+                f"{c.pairs:,}",
+                f"{c.plain_ms:.0f}",
+                f"{c.reference_ms:.0f}",
+                f"{c.search_ms:.1f}",
+                f"{c.plain_ms / c.search_ms:.1f}",
+                "yes" if c.same_lists else "NO",
+                str(c.search_extends),
+                f"{c.graph_ms:.0f}",
+                *(f"{ms:.0f}" for ms in c.batch_ms_by_batches.values()),
+                str(c.break_even_batches),
+                str(c.rule_takes_graph_from),
+            ]
+            for c in cases
+        ],
+    )
+
+
+def print_approximate(cases: list[ApproximateCase]) -> None:
+    """Print a row for each case."""
+    head = ["C", "N", "plain", "search", "graph once", *(f"a batch of {b}" for b in BATCHES_PER_ROUND), "break-even"]
+    head += ["recall", "violation plain", "of this", "same classes", "fillers"]
+    print("\ngraph approximated by FAISS, not exact; ms a batch")
+    print_table(
+        head,
+        [
+            [
+                f"{c.candidates:,}",
+                f"{c.pairs:,}",
+                f"{c.plain_ms:.0f}",
+                f"{c.search_ms:.1f}",
+                f"{c.graph_ms:.0f}",
+                *(f"{ms:.0f}" for ms in c.batch_ms_by_batches.values()),
+                str(c.break_even_batches),
+                f"{c.recall:.1%}",
+                f"{c.violation_plain:.4f}",
+                f"{c.violation_search:.4f}",
+                f"{c.same_classes:.0%}",
+                str(c.fillers),
+            ]
+            for c in cases
+        ],
+    )
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Print columns aligned to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    for row in [head, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

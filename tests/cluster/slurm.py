@@ -1,0 +1,145 @@
+"""A real SLURM on this machine: munge, slurmctld and two slurmd, started here and stopped by their process ids."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_CONFIG = """\
+ClusterName=facetrain
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=2
+KillWait=20
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs={cpus} RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs={cpus} RealMemory=1000
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+"""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """A cluster of two nodes."""
+
+    config: Path
+    environment: dict[str, str]
+
+    def run(self, *command: str | Path, cwd: Path | None = None) -> str:
+        """Run a SLURM command and return what it printed."""
+        words = [str(word) for word in command]
+        done = subprocess.run(words, cwd=cwd, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """Return a job's state, such as PENDING, RUNNING or COMPLETED."""
+        fields = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", job).split() if "=" in word)
+        return fields["JobState"]
+
+    def wait(self, job: str, *states: str, timeout_s: float = 150.0) -> str:
+        """Wait until a job is in one of the states."""
+        give_up_at = time.monotonic() + timeout_s
+        while (state := self.state(job)) not in states:
+            assert time.monotonic() < give_up_at, f"job {job} is {state} after {timeout_s} s, expected {states}"
+            time.sleep(0.2)
+        return state
+
+
+def missing_program() -> str:
+    """Return why no cluster can be started here; empty if one can. As root on Debian, what is missing is installed."""
+    if os.geteuid() != 0:
+        return "starting SLURM needs root"
+    if not shutil.which("slurmctld") or not shutil.which("munged"):
+        if not shutil.which("apt-get"):
+            return "slurmctld and munged aren't installed"
+        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "slurm-wlm", "munge"]
+        subprocess.run(["apt-get", "update", "-qq"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+    return ""
+
+
+@contextmanager
+def start_slurm(folder: Path) -> Iterator[Slurm]:
+    """Start two nodes on loopback below `folder`, and stop all of it at the end."""
+    host = socket.gethostname()
+    port, port1, port2 = _free_ports(3)
+    config = folder / "slurm.conf"
+    fields = {"host": host, "folder": folder, "port": port, "port1": port1, "port2": port2, "cpus": os.cpu_count()}
+    config.write_text(_CONFIG.format(**fields))
+    (folder / "state").mkdir()
+    environment = {**os.environ, "SLURM_CONF": str(config), "OMP_NUM_THREADS": "1"}
+    daemons: list[subprocess.Popen[bytes]] = []
+    try:
+        _start_munge(folder, daemons)
+        for command in (["slurmctld", "-D", "-c", "-i"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+            daemons.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+        slurm = Slurm(config, environment)
+        _wait_for_nodes(slurm)
+        yield slurm
+    finally:
+        for daemon in reversed(daemons):
+            with suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(daemon.pid).children(recursive=True):
+                    process.kill()
+            daemon.kill()
+            daemon.wait()
+
+
+def _start_munge(folder: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    files = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munge.pid"}
+    files |= {"log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}
+    options = [f"--{name}={path}" for name, path in files.items()]
+    daemons.append(subprocess.Popen(["munged", "--foreground", "--force", *options], stderr=subprocess.DEVNULL))
+    give_up_at = time.monotonic() + 20
+    while not files["socket"].exists():
+        assert time.monotonic() < give_up_at, (folder / "munge.log").read_text()
+        time.sleep(0.05)
+
+
+def _wait_for_nodes(slurm: Slurm) -> None:
+    give_up_at = time.monotonic() + 60
+    while True:
+        command = ["sinfo", "-h", "-N", "-o", "%t"]
+        done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=False)
+        if done.stdout.split() == ["idle", "idle"]:
+            return
+        assert time.monotonic() < give_up_at, done.stdout + done.stderr
+        time.sleep(0.2)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [int(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
