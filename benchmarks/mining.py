@@ -21,23 +21,27 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from facetrain.mining.best_first import NeighbourGraph, best_first_classes
+from facetrain.mining.best_first import Extend, NeighbourGraph, Row, best_first_classes
 from facetrain.mining.greedy import GreedyResult, greedy_classes
-from facetrain.mining.neighbours import NEIGHBOURS, graph_pays, neighbour_graph
+from facetrain.mining.neighbours import graph_pays, neighbour_graph, neighbours_needed
 from facetrain.search import ClusteredIndex, similarity_blocks, unit_centres
 from facetrain.world import World
 
 T = TypeVar("T")
+Clock = Callable[[], float]
+"""Seconds of some clock."""
 
 BATCHES_PER_ROUND = (1, 8, 64)
 SEARCHES, GREEDY_RUNS = 5, 2
+NEIGHBOURS = 128
+"""Of the approximate graph."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ExactCase:
     plain_ms: float
     reference_ms: float
     search_ms: float
+    neighbours: int
     search_extends: int
     """Rows that ran dry and were computed anew during the search."""
     same_lists: bool
@@ -93,7 +98,11 @@ def main() -> None:
     parser.add_argument("--approximate", type=int, nargs="*", help="candidates for FAISS (default 100000)")
     parser.add_argument("--pairs", type=int, nargs="*", help="classes of a batch (default 320 1000 4000)")
     parser.add_argument("--width", type=int, help="embedding width (default 512)")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process: where others run beside it")
     args = parser.parse_args()
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     exact = args.exact if args.exact is not None else [3000] if args.quick else [10_000]
     approximate = args.approximate if args.approximate is not None else [8000] if args.quick else [100_000]
     pairs = args.pairs or ([100, 320] if args.quick else [320, 1000, 4000])
@@ -104,11 +113,12 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "width": width,
+        "clock": "CPU time" if args.cpu_time else "wall time",
     }
     print("  ".join(f"{key} {value}" for key, value in where.items()))
-    exact_cases = [case for size in exact for case in measure_exact(size, width, pairs)]
+    exact_cases = [case for size in exact for case in measure_exact(size, width, pairs, clock)]
     print_exact(exact_cases)
-    approximate_cases = [case for size in approximate for case in measure_approximate(size, width, pairs)]
+    approximate_cases = [case for size in approximate for case in measure_approximate(size, width, pairs, clock)]
     print_approximate(approximate_cases)
     if args.json:
         cases = {"exact": exact_cases, "approximate": approximate_cases}
@@ -147,20 +157,22 @@ def plain_greedy(anchors_CD: Tensor, positives_CD: Tensor, num: int, rng: np.ran
     return GreedyResult(np.array(order), np.array(violations, dtype=np.float32), ties=0)
 
 
-def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[ExactCase]:
-    """Time all numbers of pairs on one exact graph, and compare the lists."""
+def measure_exact(num_candidates: int, width: int, pairs: list[int], clock: Clock) -> list[ExactCase]:
+    """Time all numbers of pairs on exact graphs, and compare the lists."""
     anchors, positives = grouped_faces(num_candidates, width, seed=0)
-    graph_ms, (graph, extend) = timed(lambda: neighbour_graph(anchors, positives, World()))
     cases = []
     for num in pairs:
+        graph_ms, (graph, extend) = timed(lambda num=num: build(anchors, positives, num), clock)
         dry: set[tuple[int, int]] = set()
 
-        def extend_and_count(s: int, length: int, dry: set[tuple[int, int]] = dry) -> Any:
+        def extend_and_count(s: int, length: int, dry: set[tuple[int, int]] = dry, extend: Extend = extend) -> Row:
             dry.add((s, length))
             return extend(s, length)
 
-        def search(seed: int, num: int = num, extend_and_count: Any = extend_and_count) -> GreedyResult:
-            return best_first_classes(graph, num, np.random.default_rng(seed), extend=extend_and_count)
+        def search(
+            seed: int, num: int = num, graph: NeighbourGraph = graph, extend: Extend = extend_and_count
+        ) -> GreedyResult:
+            return best_first_classes(graph, num, np.random.default_rng(seed), extend=extend)
 
         def reference(seed: int, num: int = num) -> GreedyResult:
             return greedy_classes(anchors, positives, num, np.random.default_rng(seed))
@@ -168,9 +180,9 @@ def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[Exa
         def plain(seed: int, num: int = num) -> GreedyResult:
             return plain_greedy(anchors, positives, num, np.random.default_rng(seed))
 
-        search_ms, found = median_of(search, SEARCHES)
-        plain_ms, _ = median_of(plain, GREEDY_RUNS)
-        reference_ms, expected = median_of(reference, GREEDY_RUNS)
+        search_ms, found = median_of(search, SEARCHES, clock)
+        plain_ms, _ = median_of(plain, GREEDY_RUNS, clock)
+        reference_ms, expected = median_of(reference, GREEDY_RUNS, clock)
         cases.append(
             ExactCase(
                 candidates=num_candidates,
@@ -178,6 +190,7 @@ def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[Exa
                 plain_ms=plain_ms,
                 reference_ms=reference_ms,
                 search_ms=search_ms,
+                neighbours=graph.neighbours.shape[1],
                 search_extends=round(len(dry) / SEARCHES),
                 same_lists=all(same(a, b) for a, b in zip(found, expected, strict=False)),
                 graph_ms=graph_ms,
@@ -191,10 +204,16 @@ def measure_exact(num_candidates: int, width: int, pairs: list[int]) -> list[Exa
     return cases
 
 
-def measure_approximate(num_candidates: int, width: int, pairs: list[int]) -> list[ApproximateCase]:
+def build(anchors_CD: Tensor, positives_CD: Tensor, num: int) -> tuple[NeighbourGraph, Extend]:
+    """Build the exact graph for batches of `num` out of all candidates."""
+    num_neighbours = neighbours_needed(len(anchors_CD), len(anchors_CD), num)
+    return neighbour_graph(anchors_CD, positives_CD, World(), num_neighbours=num_neighbours)
+
+
+def measure_approximate(num_candidates: int, width: int, pairs: list[int], clock: Clock) -> list[ApproximateCase]:
     """Time all numbers of pairs on one graph of FAISS, and say how far its lists are from greedy ones."""
     anchors, positives = grouped_faces(num_candidates, width, seed=0)
-    graph_ms, graph = timed(lambda: approximate_graph(anchors, positives))
+    graph_ms, graph = timed(lambda: approximate_graph(anchors, positives), clock)
     recall = recall_of(graph, anchors, positives)
     cases = []
     for num in pairs:
@@ -205,8 +224,8 @@ def measure_approximate(num_candidates: int, width: int, pairs: list[int]) -> li
         def plain(seed: int, num: int = num) -> GreedyResult:
             return plain_greedy(anchors, positives, num, np.random.default_rng(seed))
 
-        search_ms, (found, *_) = median_of(search, SEARCHES)
-        plain_ms, (greedy,) = median_of(plain, 1)
+        search_ms, (found, *_) = median_of(search, SEARCHES, clock)
+        plain_ms, (greedy,) = median_of(plain, 1, clock)
         cases.append(
             ApproximateCase(
                 candidates=num_candidates,
@@ -276,22 +295,22 @@ def break_even(graph_ms: float, search_ms: float, greedy_ms: float) -> int:
     return math.ceil(graph_ms / (greedy_ms - search_ms)) if greedy_ms > search_ms else 0
 
 
-def timed(work: Callable[[], T]) -> tuple[float, T]:
+def timed(work: Callable[[], T], clock: Clock) -> tuple[float, T]:
     """Return the milliseconds that the work took, and its result."""
-    started_at = time.perf_counter()
+    started_at = clock()
     result = work()
-    return 1e3 * (time.perf_counter() - started_at), result
+    return 1e3 * (clock() - started_at), result
 
 
-def median_of(mine: Callable[[int], GreedyResult], runs: int) -> tuple[float, list[GreedyResult]]:
+def median_of(mine: Callable[[int], GreedyResult], runs: int, clock: Clock) -> tuple[float, list[GreedyResult]]:
     """Return the median milliseconds of mining from seeds 0 to runs - 1, and the lists."""
-    times, found = zip(*(timed(lambda seed=seed: mine(seed)) for seed in range(runs)), strict=True)
+    times, found = zip(*(timed(lambda seed=seed: mine(seed), clock) for seed in range(runs)), strict=True)
     return statistics.median(times), list(found)
 
 
 def print_exact(cases: list[ExactCase]) -> None:
     """Print a row for each case."""
-    head = ["C", "N", "plain", "reference", "search", "times faster", "same lists", "extended", "graph once"]
+    head = ["C", "N", "plain", "reference", "search", "times faster", "same lists", "K", "extended", "graph once"]
     head += [f"a batch of {b}" for b in BATCHES_PER_ROUND] + ["break-even", "rule"]
     print("\nexact graph; ms a batch")
     print_table(
@@ -305,6 +324,7 @@ def print_exact(cases: list[ExactCase]) -> None:
                 f"{c.search_ms:.1f}",
                 f"{c.plain_ms / c.search_ms:.1f}",
                 "yes" if c.same_lists else "NO",
+                f"{c.neighbours:,}",
                 str(c.search_extends),
                 f"{c.graph_ms:.0f}",
                 *(f"{ms:.0f}" for ms in c.batch_ms_by_batches.values()),

@@ -31,8 +31,10 @@ COLOURS = {
     "optimizer state": "#E69F00",
     "optimizer's share of weights": "#F0E442",
     "activations": "#009E73",
-    "loss beside them": "#56B4E9",
+    "bucket of gradients": "#CC79A7",
+    "loss or reduction beside them": "#56B4E9",
     "images": "#999999",
+    "mining table": "#8C6BB1",
 }
 """One colour per part, with which people of any colour vision can tell them apart (Okabe and Ito, 2008)."""
 
@@ -40,18 +42,22 @@ COLOURS = {
 def main() -> None:
     """Draw iResNet-50 with a fixed share per GPU, and with a fixed batch that GradCache cuts into chunks."""
     base = load_config(Path("configs/casia_iresnet50.yaml"))
+    free = replace(
+        base, model=replace(base.model, norm="group", sync_batchnorm=False), mining=replace(base.mining, mode="off")
+    )
     columns = {
-        "128 pairs on every GPU: the batch grows": [run(base, 128 * W, None, W) for W in WORLD_SIZES],
-        "N = 65,536 pairs in chunks of 128: the share shrinks": [
-            run(base, 65_536, min(128, 65_536 // W), W) for W in WORLD_SIZES
-        ],
+        "128 pairs on every GPU: the batch grows": lambda config, W: run(config, 128 * W, None, W),
+        "N = 65,536 in chunks of 128: the share shrinks": lambda config, W: run(
+            config, 65_536, min(128, 65_536 // W), W
+        ),
     }
     figure = Figure(figsize=(12, 11), dpi=100, layout="constrained")
     axes = figure.subplots(3, 2, sharex=True, sharey="row")
-    for column, (title, found) in enumerate(columns.items()):
+    for column, (title, estimate_at) in enumerate(columns.items()):
+        found, without = ([estimate_at(config, W) for W in WORLD_SIZES] for config in (base, free))
         axes[0, column].set_title(title)
         draw_memory(axes[0, column], found)
-        draw_speed(axes[1, column], found)
+        draw_speed(axes[1, column], found, without)
         draw_shares(axes[2, column], found)
         axes[2, column].set(xlabel="GPUs, 8 of a machine")
     for row in axes:
@@ -78,15 +84,17 @@ def draw_memory(plot: Any, found: list[Estimate]) -> None:
     plot.stackplot(WORLD_SIZES, heights, labels=parts, colors=[COLOURS[part] for part in parts])
     plot.plot(WORLD_SIZES, [sum(e.memory.in_mining.values()) / 1e9 for e in found], "k--", label="a mining round")
     plot.set(xscale="log", ylabel="memory of a GPU, GB")
-    plot.set_xticks(WORLD_SIZES, [f"{W:,}" for W in WORLD_SIZES], rotation=45)
+    plot.set_xticks(WORLD_SIZES, [f"{W // 1024}k" if W >= 1024 else f"{W}" for W in WORLD_SIZES])
     plot.minorticks_off()
 
 
-def draw_speed(plot: Any, found: list[Estimate]) -> None:
+def draw_speed(plot: Any, found: list[Estimate], without: list[Estimate]) -> None:
     """Draw images/s over the colour of what bounds them."""
     speeds = [e.images_per_s for e in found]
     plot.plot(WORLD_SIZES, [speeds[0] * W for W in WORLD_SIZES], "k:", label="in proportion to one GPU")
     plot.plot(WORLD_SIZES, speeds, "k.-", label="images/s")
+    label = "with GroupNorm, random classes"
+    plot.plot(WORLD_SIZES, [e.images_per_s for e in without], "k--", label=label)
     for W, e in zip(WORLD_SIZES, found, strict=True):
         plot.axvspan(
             W / 2**0.5, W * 2**0.5, color=COLOURS[e.bottleneck], alpha=0.25, lw=0, label=f"bound by {e.bottleneck}"

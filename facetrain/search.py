@@ -173,7 +173,7 @@ def has_faiss() -> bool:
 
 
 def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int) -> Tensor:
-    """Return cluster centres of unit length by spherical k-means, ten iterations, float32 [L, D] on the CPU.
+    """Return cluster centres of unit length by spherical k-means, five iterations, float32 [L, D] on the CPU.
 
     Args:
         items_ID: At least as many items as clusters; FAISS wants 39 times as many to be content.
@@ -183,7 +183,7 @@ def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int) -> Tensor:
     import faiss
 
     items = items_ID.float().cpu().numpy()
-    k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=10, spherical=True, seed=seed, min_points_per_centroid=1)
+    k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=5, spherical=True, seed=seed, min_points_per_centroid=1)
     k_means.train(items)
     assert k_means.centroids is not None, "training sets them"
     return torch.from_numpy(k_means.centroids.copy())

@@ -1,6 +1,7 @@
 """What is shipped, and what it needs."""
 
 import importlib.metadata
+import itertools
 import re
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_the_wheel_has_one_version_and_one_command(wheel: zipfile.ZipFile) -> No
 
 def test_constraints_pin_everything_the_project_asks_for() -> None:
     pinned = {name(line) for line in pins()}
-    asked = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    asked = itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     assert {name(requirement) for requirement in asked} <= pinned
 
 

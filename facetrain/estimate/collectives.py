@@ -1,16 +1,13 @@
 """Which collectives a step issues, and what each carries, sends and takes."""
 
-import itertools
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from facetrain.config import Config
-from facetrain.embed import BATCH_IMAGES
 from facetrain.estimate.cluster import Cluster
-from facetrain.estimate.network import Network
+from facetrain.estimate.network import Network, padded_numel
 from facetrain.estimate.schedule import schedule_of
 
 Operation = Literal["all-gather", "reduce-scatter", "all-reduce"]
@@ -92,42 +89,20 @@ def _engine_collectives(config: Config, network: Network, world_size: int) -> It
     """Yield DeepSpeed's: at ZeRO 1 and 2 it sums whole buckets on every rank and then keeps a share of them.
 
     So its "reduce-scatter" is an all-reduce (`use_multi_rank_bucket_allreduce`, its default), and the parameters'
-    all-gather comes on top. ZeRO 2 sums after every chunk, since no rank keeps whole gradients.
+    all-gather comes on top. ZeRO 2 sums after every chunk, since no rank keeps whole gradients. ZeRO 3 is approximate:
+    how it gathers weights, all at once or layer by layer, it decides while it runs.
     """
-    stage = config.train.zero_stage
-    schedule = schedule_of(config.train, world_size)
+    stage, schedule = config.train.zero_stage, schedule_of(config.train, world_size)
+    whole = 4 * network.parameters
+    if stage == 3:
+        gathers = schedule.forwards + (schedule.backwards if schedule.is_chunked else 0)
+        yield Collective("parameters", "weights, about", "all-gather", whole, gathers)
+        yield Collective("gradients", "of the parameters, about", "reduce-scatter", whole, schedule.backwards)
+        return
     reductions = schedule.backwards if stage == 2 and schedule.is_chunked else 1
-    yield Collective("gradients", "of the parameters", "all-reduce", 4 * network.parameters, reductions)
+    yield Collective("gradients", "of the parameters", "all-reduce", whole, reductions)
     if stage > 0:
         groups = network.group_parameters
         yield Collective("gradients", "squared norms of groups", "all-reduce", 4, len(groups))
         for numel in groups:
-            padded = 4 * padded_numel(numel, world_size)
-            yield Collective("parameters", "updated shares", "all-gather", padded, 1)
-
-
-def mining_collectives(config: Config, network: Network, world_size: int, num_candidates: int) -> Iterator[Collective]:
-    """Yield the collectives of gathered mining; a round serves `mining.batches_per_round` steps."""
-    if world_size == 1:
-        return
-    rate = 1 / config.mining.batches_per_round
-    D = network.embedding_dim
-    # A rank says its width and its number of rows, as a pickled object (with its size) and as a tensor.
-    yield Collective("mining", "widths", "all-gather", world_size * len(pickle.dumps(D)), rate)
-    yield Collective("mining", "sizes and counts", "all-gather", 8 * world_size, 3 * rate)
-    rows = most_images_of_a_rank(2 * num_candidates, world_size)
-    yield Collective("mining", "embeddings", "all-gather", 4 * world_size * rows * D, rate)
-    lists = math.ceil(config.mining.batches_per_round / world_size)
-    yield Collective("mining", "lists", "all-gather", 8 * world_size * lists * config.train.global_pairs, rate)
-
-
-def padded_numel(numel: int, world_size: int) -> int:
-    """Return the numbers of a flat parameter group at ZeRO 1 and 2, padded so that every rank's share is even."""
-    return math.ceil(numel / (2 * world_size)) * 2 * world_size
-
-
-def most_images_of_a_rank(images: int, world_size: int) -> int:
-    """Return the most images that a rank embeds: whole batches are dealt out, so that some ranks may have none."""
-    batches = math.ceil(images / BATCH_IMAGES)
-    bounds = [min(images, rank * batches // world_size * BATCH_IMAGES) for rank in range(world_size + 1)]
-    return max(stop - start for start, stop in itertools.pairwise(bounds))
+            yield Collective("parameters", "updated shares", "all-gather", 4 * padded_numel(numel, world_size), 1)

@@ -46,7 +46,7 @@ class WorkCounter(TorchDispatchMode):
     """Counts the operations of a `with` block, and the bytes of the tensors that they make and that still live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = self.peak_bytes = 0
         self._flops: list[float] = []
         self._moved_bytes: list[float] = []

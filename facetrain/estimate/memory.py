@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from facetrain.config import Config
-from facetrain.estimate.collectives import padded_numel
 from facetrain.estimate.network import LossWork, Network, Passes
 from facetrain.estimate.schedule import Schedule
 
@@ -32,24 +31,34 @@ class Memory:
 def kept_memory(config: Config, network: Network, world_size: int) -> dict[str, int]:
     """Return the bytes of what stays: weights, and the optimizer's state by ZeRO stage.
 
-    At ZeRO 1 and 2 the optimizer works on a share of its own of the weights, a copy also where weights are float32.
+    From ZeRO 1 on the optimizer works on a share of its own of the weights, a copy also where weights are float32.
+    ZeRO 3 is approximate: DeepSpeed keeps small parameters whole.
     """
     P, train = network.parameters, config.train
-    padded = sum(padded_numel(numel, world_size) for numel in network.group_parameters)
+    padded = network.padded_parameters(world_size)
     share = padded // world_size
     has_state = train.optimizer == "adamw" or train.momentum > 0
     state = _STATE_BYTES[train.optimizer] * (P if train.zero_stage == 0 else share) if has_state else 0
     if train.optimizer == "adamw":  # a count of steps per tensor
         state += 4 * (sum(network.group_tensors) if train.zero_stage == 0 else len(network.group_parameters))
-    kept = {"weights": 4 * (P if train.zero_stage == 0 else padded) + network.buffer_bytes, "optimizer state": state}
+    weights = {0: P, 1: padded, 2: padded, 3: share}[train.zero_stage]
+    kept = {"weights": 4 * weights + network.buffer_bytes, "optimizer state": state}
     return kept | ({"optimizer's share of weights": 4 * share} if train.zero_stage > 0 else {})
 
 
-def step_memory(config: Config, network: Network, passes: Passes, loss: LossWork, schedule: Schedule) -> dict[str, int]:
+def step_memory(
+    config: Config, network: Network, passes: Passes, loss: LossWork, schedule: Schedule, world_size: int
+) -> dict[str, int]:
     """Return the bytes that a step takes at its fullest.
 
-    The loss and the backward of the network don't live at the same time; the larger is counted.
+    The loss, the backward of the network and the reduction of gradients, which copies them, don't live at the same
+    time; the largest is counted. Gradients are counted as if all were there when backward starts.
     """
+    whole = 4 * network.parameters
+    share = 4 * network.padded_parameters(world_size) // world_size
+    gradients = {0: whole, 1: whole, 2: share, 3: share}[config.train.zero_stage]
+    # DeepSpeed's bucket, into which ZeRO 1 to 3 move gradients, is as large as the network.
+    bucket = {"bucket of gradients": whole} if config.train.zero_stage > 0 else {}
     pixels = config.data.image_px**2 * config.data.channels
     saved = schedule.alive * passes.saved_bytes
     in_backward = saved + passes.working_bytes
@@ -57,19 +66,10 @@ def step_memory(config: Config, network: Network, passes: Passes, loss: LossWork
     # With GradCache all embeddings and their gradients stay through the second pass.
     embeddings = 2 * 2 * schedule.pairs * network.embedding_dim * 4 if schedule.is_chunked else 0
     return {
-        "gradients": 4 * network.parameters,
+        "gradients": gradients,
+        **bucket,
+        **({"gathered weights": whole} if config.train.zero_stage == 3 else {}),
         "activations": in_backward,
-        "loss beside them": max(0, in_loss - in_backward) + embeddings,
+        "loss or reduction beside them": max(0, in_loss - in_backward, whole - in_backward) + embeddings,
         "images": 2 * 2 * schedule.pairs * pixels,  # this batch and the next, as uint8
-    }
-
-
-def mining_memory(
-    network: Network, embedding_peak_bytes: int, *, num_candidates: int, gathered_rows: int
-) -> dict[str, int]:
-    """Return the bytes that a round of gathered mining takes: all candidates on every GPU, twice while they arrive."""
-    row_bytes = 4 * network.embedding_dim
-    return {
-        "candidates": row_bytes * (2 * num_candidates + gathered_rows),
-        "embedding": embedding_peak_bytes,
     }

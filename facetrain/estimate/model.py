@@ -1,27 +1,16 @@
 """The estimate: memory of a GPU, seconds of a step by part, images a second and what bounds them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from facetrain.config import Config
 from facetrain.data.plan import pairs_per_rank
-from facetrain.embed import BATCH_IMAGES
 from facetrain.estimate.cluster import Cluster
-from facetrain.estimate.collectives import (
-    Collective,
-    mining_collectives,
-    most_images_of_a_rank,
-    padded_numel,
-    step_collectives,
-)
-from facetrain.estimate.counting import Work
-from facetrain.estimate.memory import Memory, kept_memory, mining_memory, step_memory
-from facetrain.estimate.network import Network, measure_embedding, measure_loss, measure_network, measure_passes
+from facetrain.estimate.collectives import Collective, step_collectives
+from facetrain.estimate.memory import Memory, kept_memory, step_memory
+from facetrain.estimate.mining import mining_work
+from facetrain.estimate.network import Network, measure_loss, measure_network, measure_passes
 from facetrain.estimate.schedule import Schedule, schedule_of
-
-_GREEDY_KERNELS = 10
-"""Operations of a pick of the greedy search, besides its product: passes over one number per candidate."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +23,8 @@ class Estimate:
     """Of a forward; a multiplication and an addition are two."""
     schedule: Schedule
     memory: Memory
+    mining_mode: str
+    """As it was chosen: off, gathered, table or quota."""
     collectives: tuple[Collective, ...]
     """In the order in which a step issues them, those of mining last."""
     seconds: Mapping[str, float]
@@ -81,17 +72,14 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
     loss = measure_loss(
         config.loss, pairs=schedule.pairs, global_pairs=train.global_pairs, embedding_dim=network.embedding_dim
     )
-    mines = config.mining.mode != "off"
-    num_candidates = min(config.mining.candidates, identities) if mines else 0
-    collectives = list(step_collectives(config, network, W))
-    if mines:
-        collectives += mining_collectives(config, network, W, num_candidates)
-
+    mining = mining_work(config, cluster, network, identities=identities)
+    collectives = (*step_collectives(config, network, W), *mining.collectives)
     forward_s, backward_s = (work.seconds(cluster, cluster.gpu_tflops) for work in (passes.forward, passes.backward))
     seconds = {
         "network": schedule.forwards * forward_s + schedule.backwards * backward_s,
         "loss": loss.seconds(cluster),
         "update": _update_seconds(config, cluster, network),
+        "mining": mining.seconds,
     }
     for collective in collectives:
         time_s = collective.calls_per_step * collective.seconds(cluster)
@@ -99,8 +87,6 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
             beside_s = {"all-gather": forward_s, "reduce-scatter": backward_s}.get(collective.operation, 0.0)
             time_s = max(0.0, time_s - beside_s)
         seconds[collective.part] = seconds.get(collective.part, 0.0) + time_s
-    if mines:
-        seconds["mining"] = seconds.get("mining", 0.0) + _mining_seconds(config, cluster, network, num_candidates)
     seconds["waiting for images"] = _wait_seconds(config, cluster, 2 * schedule.pairs, busy_s=sum(seconds.values()))
     return Estimate(
         cluster=cluster,
@@ -108,11 +94,12 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
         flops_per_image=float(passes.forward.flops.sum()) / passes.images,
         schedule=schedule,
         memory=Memory(
-            kept=kept_memory(config, network, W),
-            in_step=step_memory(config, network, passes, loss, schedule),
-            in_mining=_mining_memory(config, network, W, num_candidates) if mines else {},
+            kept=kept_memory(config, network, W) | mining.kept,
+            in_step=step_memory(config, network, passes, loss, schedule, W),
+            in_mining=mining.in_round,
         ),
-        collectives=tuple(collectives),
+        mining_mode=mining.mode,
+        collectives=collectives,
         seconds=seconds,
         images_per_step=2 * config.train.global_pairs,
     )
@@ -130,40 +117,11 @@ def largest_fitting_micro_pairs(config: Config, cluster: Cluster, *, identities:
 
 def _update_seconds(config: Config, cluster: Cluster, network: Network) -> float:
     """Return the time of the optimizer: weight, gradient and state are read, weight and state written."""
-    state = {"sgd": 1, "adamw": 2}[config.train.optimizer]
+    state = {"sgd": int(config.train.momentum > 0), "adamw": 2}[config.train.optimizer]
     numel = network.parameters
     if config.train.zero_stage > 0:
-        W = cluster.world_size
-        numel = sum(padded_numel(group, W) for group in network.group_parameters) // W
+        numel = network.padded_parameters(cluster.world_size) // cluster.world_size
     return 4 * numel * (3 + 2 * state) / (1e9 * cluster.gpu_gb_per_s)
-
-
-def _mining_seconds(config: Config, cluster: Cluster, network: Network, num_candidates: int) -> float:
-    """Return the time per step of embedding candidates and searching batches, the collectives apart.
-
-    A rank decodes in one thread beside the network. A batch of a round is mined by one rank, one pick after another,
-    each of which reads all positives that the batch may choose from.
-    """
-    mining = config.mining
-    forward_s = _embedding_work(config).seconds(cluster, cluster.gpu_tflops)
-    images = most_images_of_a_rank(2 * num_candidates, cluster.world_size)
-    embed_s = max(math.ceil(images / BATCH_IMAGES) * forward_s, images / cluster.decode_images_per_s)
-    size = max(config.train.global_pairs, math.ceil(mining.candidates_per_batch * num_candidates))
-    read_s = 4 * size * network.embedding_dim / (1e9 * cluster.gpu_gb_per_s)
-    pick_s = max(read_s, 1e-6 * cluster.kernel_us) + _GREEDY_KERNELS * 1e-6 * cluster.kernel_us
-    picks = round((1 - mining.random_share) * config.train.global_pairs)
-    search_s = math.ceil(mining.batches_per_round / cluster.world_size) * picks * pick_s
-    return (embed_s + search_s) / mining.batches_per_round
-
-
-def _embedding_work(config: Config) -> Work:
-    return measure_embedding(config.model, config.data, config.train.precision, images=BATCH_IMAGES)
-
-
-def _mining_memory(config: Config, network: Network, world_size: int, num_candidates: int) -> dict[str, int]:
-    rows = most_images_of_a_rank(2 * num_candidates, world_size)
-    peak_bytes = _embedding_work(config).peak_bytes
-    return mining_memory(network, peak_bytes, num_candidates=num_candidates, gathered_rows=world_size * rows)
 
 
 def _wait_seconds(config: Config, cluster: Cluster, images: int, *, busy_s: float) -> float:

@@ -42,6 +42,15 @@ class Network:
         """P, all parameters."""
         return sum(self.group_parameters)
 
+    def padded_parameters(self, world_size: int) -> int:
+        """Return how many numbers the flat groups of ZeRO 1 and 2 hold, padded so that ranks have equal shares."""
+        return sum(padded_numel(numel, world_size) for numel in self.group_parameters)
+
+
+def padded_numel(numel: int, world_size: int) -> int:
+    """Return the numbers of a flat group: the next multiple of 2 W. Source: DeepSpeed 0.19.8, stage_1_and_2.py."""
+    return math.ceil(numel / (2 * world_size)) * 2 * world_size
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -84,10 +93,11 @@ def measure_passes(model: ModelConfig, data: DataConfig, precision: Precision, *
         backbone = _build(model, data).train()
         for parameter in backbone.parameters():  # made before counting starts, so that they aren't counted as new
             parameter.grad = torch.zeros_like(parameter)
-        with WorkCounter() as counter:
+        counter = WorkCounter()
+        with counter:
             embeddings_BD = _forward(backbone, data, precision, images)
             num_forward, saved_bytes = counter.num_operations, counter.live_bytes
-            embeddings_BD.sum().backward()  # type: ignore[no-untyped-call]
+            embeddings_BD.sum().backward()
     return Passes(
         images=images,
         forward=counter.work(last=num_forward),
@@ -102,7 +112,8 @@ def measure_embedding(model: ModelConfig, data: DataConfig, precision: Precision
     """Return the work of embedding `images` images in eval mode, without gradient."""
     with without_data():
         backbone = _build(model, data).eval()
-        with torch.no_grad(), WorkCounter() as counter:
+        counter = WorkCounter()
+        with torch.no_grad(), counter:
             _forward(backbone, data, precision, images)
     return counter.work()
 
@@ -145,7 +156,8 @@ def _count_loss(config: LossConfig, pairs: int, global_pairs: int, embedding_dim
         embeddings_VnD = torch.empty(2, pairs, embedding_dim, requires_grad=True)
         labels_n = torch.empty(pairs, dtype=torch.int64)
         loss = NPairLoss(config, _OneOfMany(others=global_pairs - pairs))
-        with WorkCounter() as counter:
+        counter = WorkCounter()
+        with counter:
             value = loss(embeddings_VnD[0], embeddings_VnD[1], labels_n)
             torch.autograd.grad(value.total, embeddings_VnD)
     return counter.work()

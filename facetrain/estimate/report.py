@@ -46,6 +46,7 @@ def estimate_record(config: Config, found: Estimate) -> dict[str, Any]:
             dataclasses.asdict(c) | {"sent_bytes": c.sent_bytes(W), "seconds": c.seconds(found.cluster)}
             for c in found.collectives
         ],
+        "mining_mode": found.mining_mode,
         "seconds": dict(found.seconds),
         "step_s": found.step_s,
         "images_per_s": found.images_per_s,
@@ -59,7 +60,7 @@ def _head(config: Config, found: Estimate) -> Iterator[str]:
     in_chunks = f" in {schedule.backwards} chunks" if schedule.is_chunked else ""
     yield (
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs: {train.global_pairs} pairs a step, {schedule.pairs} on"
-        f" each{in_chunks}; ZeRO {train.zero_stage}, {train.precision}, {train.optimizer}"
+        f" each{in_chunks}; ZeRO {train.zero_stage}, {train.precision}, {train.optimizer}, mining {found.mining_mode}"
     )
     yield (
         f"{config.model.name} at {config.data.image_px} px: {network.parameters / 1e6:.2f} million parameters,"
@@ -78,7 +79,7 @@ def _memory_and_time(found: Estimate) -> Iterator[str]:
     right += [(part, f"{s * 1e3:.2f}", f"{s / found.step_s:.0%}") for part, s in found.seconds.items()]
     for row, other in zip_longest(left, right):
         (name, value), (part, time, share) = row or ("", ""), other or ("", "", "")
-        yield f"{name:34}{value:>9}      {part:24}{time:>10}{share:>7}".rstrip()
+        yield f"{name:37}{value:>9}      {part:24}{time:>10}{share:>7}".rstrip()
 
 
 def _megabytes(parts: Any) -> list[tuple[str, str]]:
@@ -87,7 +88,7 @@ def _megabytes(parts: Any) -> list[tuple[str, str]]:
 
 def _collectives(found: Estimate) -> Iterator[str]:
     """Yield a line for all collectives of one kind, with what they are in a step together."""
-    yield f"{'collectives of a step':48}{'calls':>8}{'payload MB':>12}{'sent MB':>12}{'ms':>10}"
+    yield f"{'collectives of a step':52}{'calls':>8}{'payload MB':>12}{'sent MB':>12}{'ms':>10}"
     rows: dict[tuple[str, str], list[float]] = {}
     for c in found.collectives:
         row = rows.setdefault((f"{c.part}: {c.carries}", c.operation), [0.0, 0.0, 0.0, 0.0])
@@ -95,4 +96,4 @@ def _collectives(found: Estimate) -> Iterator[str]:
         for i, value in enumerate(once):
             row[i] += c.calls_per_step * value
     for (name, operation), (calls, payload, sent, time) in rows.items():
-        yield f"{name:34}{operation:14}{calls:>8.4g}{payload:>12,.3f}{sent:>12,.3f}{time:>10.3f}"
+        yield f"{name:37}{operation:15}{calls:>8.4g}{payload:>12,.3f}{sent:>12,.3f}{time:>10.3f}"

@@ -92,16 +92,25 @@ def best_first_classes(
 class _Frontier:
     """The unread edges of a selected class, heaviest first."""
 
-    __slots__ = ("classes", "next", "source", "values")
+    __slots__ = ("bound", "classes", "loaded", "next", "row", "source", "values")
 
-    def __init__(self, source: int | None, classes: list[int], values: list[float]) -> None:
-        self.source = source  # None: no more edges than these
-        self.classes, self.values, self.next = classes, values, 0
+    def __init__(self, source: int | None, classes: NDArray[np.int32], values: NDArray[np.float32]) -> None:
+        self.source = source  # None: a row of ties, which has no more edges than these
+        self.row = (classes, values)
+        self.loaded = 0
+        # The part of the row that is being read, as numbers that Python is fast with.
+        self.classes: list[int] = []
+        self.values: list[float] = []
+        self.next = 0
+        self.bound = float(values[0])  # on what is not loaded
 
     @property
     def value(self) -> float:
-        """Weight of the next edge; at the end of a row a bound on all that the row leaves out."""
-        return self.values[min(self.next, len(self.values) - 1)]
+        """Weight of the next edge, or a bound on it where it has yet to be loaded."""
+        return self.values[self.next] if self.next < len(self.values) else self.bound
+
+
+_HEAD = 32
 
 
 class _Search:
@@ -119,14 +128,15 @@ class _Search:
         self.shift = np.float32(margin if hinge else 0.0)
         self.floor = 0.0 if hinge else -np.inf
         self.is_open = bytearray(len(graph.own))  # faster to index from Python than an array
-        np.frombuffer(self.is_open, dtype=np.uint8)[candidates] = 1
+        self.is_open_C = np.frombuffer(self.is_open, dtype=np.bool_)  # the same memory
+        self.is_open_C[candidates] = True
         self.num_open = len(candidates)
         self.heap: list[tuple[float, int, _Frontier]] = []  # (-value, number, frontier); the number settles comparisons
         self.num_pushed = 0
 
     def open_classes(self) -> list[int]:
         """Return the classes that can be selected, rising."""
-        return np.flatnonzero(np.frombuffer(self.is_open, dtype=np.uint8)).tolist()
+        return np.flatnonzero(self.is_open_C).tolist()
 
     def select(self, s: int) -> None:
         """Close a class and let its edges in."""
@@ -134,7 +144,7 @@ class _Search:
         found = self.graph.neighbours[s]
         found = found if found[-1] >= 0 else found[found >= 0]
         if len(found):
-            self._push(_Frontier(s, found.tolist(), self._weigh(s, self.graph.scores[s, : len(found)])))
+            self._push(_Frontier(s, found, self._weigh(s, self.graph.scores[s, : len(found)])))
 
     def hardest(self) -> tuple[float, list[int]]:
         """Return the largest score of an open class, and all classes that have it, rising; none if edges ran out."""
@@ -145,7 +155,7 @@ class _Search:
             if found:
                 best = value
                 tied.update(found)
-            if frontier.next < len(frontier.classes) or self._can_extend(frontier):
+            if self._goes_on(frontier):
                 heapq.heapreplace(heap, (-frontier.value, number, frontier))
             else:
                 heapq.heappop(heap)
@@ -154,12 +164,13 @@ class _Search:
         equals = sorted(tied)
         if len(equals) > 1:
             # Read, but not all of them will be selected now: a row of their own keeps them on the frontier.
-            self._push(_Frontier(None, equals, [best] * len(equals)))
+            classes = np.array(equals, dtype=np.int32)
+            self._push(_Frontier(None, classes, np.full(len(equals), best, dtype=np.float32)))
         return best, equals
 
-    def _weigh(self, s: int, scores: NDArray[np.float32]) -> list[float]:
+    def _weigh(self, s: int, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         # float32 throughout, as in greedy_classes. Rounding keeps the order, so that rows stay sorted.
-        return (scores - self.graph.own[s] + self.shift).tolist()  # type: ignore[no-any-return]
+        return np.asarray(scores - self.graph.own[s] + self.shift, dtype=np.float32)
 
     def _close(self, classes: Iterable[int]) -> None:
         for c in classes:
@@ -170,14 +181,17 @@ class _Search:
         heapq.heappush(self.heap, (-frontier.value, self.num_pushed, frontier))
         self.num_pushed += 1
 
-    def _can_extend(self, frontier: _Frontier) -> bool:
-        return self.extend is not None and frontier.source is not None and len(frontier.classes) < len(self.graph.own)
+    def _goes_on(self, frontier: _Frontier) -> bool:
+        if frontier.next < len(frontier.classes) or frontier.loaded < len(frontier.row[0]):
+            return True
+        complete = len(frontier.row[0]) == len(self.graph.own)
+        return self.extend is not None and frontier.source is not None and not complete
 
     def _read(self, frontier: _Frontier, value: float) -> list[int]:
         """Read the edges that weigh `value` and return their open classes; closed classes that follow are skipped."""
         if frontier.next == len(frontier.classes):
-            self._lengthen(frontier)
-        found = []
+            self._load(frontier)
+        found: list[int] = []
         for i in range(frontier.next, len(frontier.classes)):
             c = frontier.classes[i]
             if self.is_open[c]:
@@ -188,6 +202,16 @@ class _Search:
         frontier.next = len(frontier.classes)
         return found
 
+    def _load(self, frontier: _Frontier) -> None:
+        """Load the next part of a row, as long as all before it, without the classes that are closed: they stay so."""
+        if frontier.loaded == len(frontier.row[0]):
+            self._lengthen(frontier)
+        classes, values = (column[frontier.loaded : max(_HEAD, 2 * frontier.loaded)] for column in frontier.row)
+        is_open = self.is_open_C[classes]
+        frontier.classes, frontier.values = classes[is_open].tolist(), values[is_open].tolist()
+        frontier.next, frontier.bound = 0, float(values[-1])
+        frontier.loaded += len(classes)
+
     def _lengthen(self, frontier: _Frontier) -> None:
         """Replace a row that was read to its end by a longer one, read from its start, since equals may change places.
 
@@ -195,6 +219,6 @@ class _Search:
         """
         assert self.extend is not None, "only rows that can be extended stay in the heap when they are read"
         assert frontier.source is not None, "a row of ties leaves the heap when it is read"
-        classes, scores = self.extend(frontier.source, min(4 * len(frontier.classes), len(self.graph.own)))
-        frontier.classes, frontier.values = classes.tolist(), self._weigh(frontier.source, scores)
-        frontier.next = 0
+        classes, scores = self.extend(frontier.source, min(4 * len(frontier.row[0]), len(self.graph.own)))
+        frontier.row = (classes, self._weigh(frontier.source, scores))
+        frontier.loaded = 0

@@ -18,7 +18,7 @@ from facetrain.data.index import ClassTable
 from facetrain.mining.best_first import Extend, NeighbourGraph, best_first_classes
 from facetrain.mining.greedy import GreedyResult, greedy_classes
 from facetrain.mining.lists import check_appearances, limit_appearances
-from facetrain.mining.neighbours import graph_pays, neighbour_graph
+from facetrain.mining.neighbours import graph_pays, neighbour_graph, neighbours_needed
 from facetrain.mining.round import (
     JudgedBatch,
     MinedRound,
@@ -158,9 +158,15 @@ def _prepare(
     anchors_CD = on_grid(embeddings_VCD[0])
     positives_CD = on_grid(embeddings_VCD[1]) if config.images_per_class == 2 else None
     graph, extend = None, None
-    num_mined = num_pairs - num_random_classes(config, num_pairs)
-    if graph_pays(C, subset_size(config, num_pairs, C), num_mined, config.batches_per_round):
-        graph, extend = neighbour_graph(anchors_CD, positives_CD, world, similarity_cap=config.similarity_cap)
+    sizes = C, subset_size(config, num_pairs, C), num_pairs - num_random_classes(config, num_pairs)
+    if graph_pays(*sizes, config.batches_per_round):
+        graph, extend = neighbour_graph(
+            anchors_CD,
+            positives_CD,
+            world,
+            num_neighbours=neighbours_needed(*sizes),
+            similarity_cap=config.similarity_cap,
+        )
     return _Candidates(identities_C, anchors_CD, positives_CD, graph, extend)
 
 

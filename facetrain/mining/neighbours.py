@@ -15,8 +15,8 @@ from facetrain.mining.scores import norms, on_grid
 from facetrain.search import similarity_blocks
 from facetrain.world import World
 
-NEIGHBOURS = 128
-"""Neighbours per class: enough that few rows are read to their end, and at 8 bytes each small beside the embeddings."""
+GRAPH_BYTES = 256 * 2**20
+"""Bound on the memory of a graph on the host, 8 bytes a neighbour."""
 
 PRODUCTS_PER_GREEDY_PRODUCT = 5
 """Products of a graph in the time of one of greedy selection: measured by benchmarks/mining.py."""
@@ -33,13 +33,23 @@ def graph_pays(num_candidates: int, subset_size: int, num_mined: int, num_batche
     return PRODUCTS_PER_GREEDY_PRODUCT * greedy >= num_candidates**2
 
 
+def neighbours_needed(num_candidates: int, subset_size: int, num_mined: int) -> int:
+    """Return how many neighbours a class should have for batches of `num_mined` classes out of subsets.
+
+    A row runs dry when all its classes are selected already, or lie outside the batch's subset: not before `num_mined`
+    of the subset are in it. Where memory allows no more than `GRAPH_BYTES`, some rows will have to be computed anew.
+    """
+    wanted = max(128, 11 * num_mined * num_candidates // (10 * subset_size))  # a tenth more: subsets are random
+    return max(1, min(num_candidates, wanted, GRAPH_BYTES // (8 * num_candidates)))
+
+
 @torch.no_grad()
 def neighbour_graph(
     anchors_CD: Tensor,
     positives_CD: Tensor | None,
     world: World,
     *,
-    num_neighbours: int = NEIGHBOURS,
+    num_neighbours: int,
     similarity_cap: float | None = None,
 ) -> tuple[NeighbourGraph, Extend]:
     """Find each class's hardest negatives among all candidates, exactly; every rank must call it.
@@ -50,7 +60,7 @@ def neighbour_graph(
         anchors_CD: one embedding of each class, the same on every rank.
         positives_CD: as in `greedy_classes`.
         world: The ranks that share the work.
-        num_neighbours: K; all C where there are fewer.
+        num_neighbours: K, see `neighbours_needed`; all C where there are fewer.
         similarity_cap: as in `greedy_classes`.
 
     Returns:

@@ -15,12 +15,16 @@ from facetrain.data.index import ClassTable
 from facetrain.embed import embed_images
 from facetrain.engine import Engine
 from facetrain.estimate.cluster import Cluster
-from facetrain.estimate.collectives import Collective, mining_collectives, step_collectives
+from facetrain.estimate.collectives import Collective, step_collectives
+from facetrain.estimate.mining import mining_work
 from facetrain.estimate.network import measure_network
 from facetrain.losses.npair import NPairLoss
+from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.gathered import mine_round
+from facetrain.mining.quota import mine_quota_round
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.step import train_step
+from facetrain.world import World
 
 PAIRS, IMAGE_PX, CANDIDATES = 32, 16, 300
 
@@ -97,16 +101,47 @@ def test_the_bytes_of_a_steps_collectives_are_the_estimates(world_size: int) -> 
             assert Counter(calls) == estimated(configs[name], world_size), name
 
 
+@pytest.mark.parametrize("micro_pairs", [None, 4])
+def test_bytes_at_zero_3_are_about_the_estimates(micro_pairs: int | None) -> None:
+    config = config_of(zero_stage=3, micro_pairs=micro_pairs)
+    for calls in run_ranks(traffic_of_a_step, 2, config, timeout_s=240):
+        expected = estimated(config, 2)
+        for operation in ("all-gather", "reduce-scatter"):
+            sums = [
+                sum(size * times for (name, size), times in counts.items() if name == operation)
+                for counts in (Counter(calls), expected)
+            ]
+            assert sums[0] == pytest.approx(sums[1], rel=0.1)
+
+
+MINING = {
+    "greedy": dict(mode="gathered", batches_per_round=1),
+    "graph": dict(mode="gathered", batches_per_round=6),
+    "one image": dict(mode="gathered", batches_per_round=6, images_per_class=1),
+    "quota": dict(mode="quota", batches_per_round=6, virtual_nodes=8),
+}
+
+
+def mining_config(**mining) -> Config:
+    return dataclasses.replace(config_of(), mining=MiningConfig(candidates=CANDIDATES, lag_steps=0, **mining))
+
+
+def traffic_of_rounds(world):
+    return {name: traffic_of_a_round(world, mining_config(**mining)) for name, mining in MINING.items()}
+
+
 def traffic_of_a_round(world, config):
     backbone = build_backbone(config.model, channels=1, image_px=IMAGE_PX)
     image = np.zeros((IMAGE_PX, IMAGE_PX, 1), dtype=np.uint8)
     table = ClassTable(names=tuple(map(str, range(CANDIDATES))), first_image=2 * np.arange(CANDIDATES + 1))
+    by_quota = config.mining.mode == "quota"
+    embedding_world = World() if by_quota else world
 
     def embed(image_idx):
-        return embed_images(backbone, lambda i: image, len(image_idx), world=world, precision="float32")
+        return embed_images(backbone, lambda i: image, len(image_idx), world=embedding_world, precision="float32")
 
     with Traffic() as traffic:
-        mine_round(
+        (mine_quota_round if by_quota else mine_round)(
             0,
             config.mining,
             num_pairs=PAIRS,
@@ -116,22 +151,46 @@ def traffic_of_a_round(world, config):
             seed=0,
             world=world,
         )
-    return traffic.calls
+    return [call for call in traffic.calls if call[1] > 0]  # capped pairs, of which there are none
 
 
 @pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_bytes_of_a_mining_rounds_collectives_are_the_estimates(world_size: int) -> None:
-    config = config_of()
+    for by_name in run_ranks(traffic_of_rounds, world_size):
+        for name, calls in by_name.items():
+            config = mining_config(**MINING[name])
+            *tensors, lists = mining_collectives(config, world_size, CANDIDATES)
+            *others, (operation, payload_bytes) = calls
+            assert Counter(others) == counted(tensors), name
+            # Lists travel as pickled objects: the identities are counted, not what pickle and the metrics add.
+            assert operation == "all-gather"
+            assert lists.payload_bytes < payload_bytes < lists.payload_bytes + 700 * 8
+
+
+def mining_collectives(config: Config, world_size: int, identities: int) -> list[Collective]:
+    """Those of a round, however many steps it serves."""
+    cluster = Cluster(gpus_per_node=world_size)
     network = measure_network(config.model, config.data)
-    found = list(mining_collectives(config, network, world_size, CANDIDATES))
-    *tensors, lists = [dataclasses.replace(c, calls_per_step=round(6 * c.calls_per_step)) for c in found]
-    for calls in run_ranks(traffic_of_a_round, world_size, config):
-        expected = counted(tensors)
-        assert Counter(calls) - expected == Counter([calls[-1]])
-        # Lists travel as pickled objects: the identities are counted, not what pickle and the metrics add.
-        operation, payload_bytes = calls[-1]
-        assert operation == "all-gather"
-        assert lists.payload_bytes < payload_bytes < lists.payload_bytes + 600 * 6
+    found = mining_work(config, cluster, network, identities=identities).collectives
+    batches = config.mining.batches_per_round
+    return [dataclasses.replace(c, calls_per_step=round(batches * c.calls_per_step)) for c in found]
+
+
+def traffic_of_an_observation(world):
+    table = EmbeddingTable(np.arange(CANDIDATES), dtype=torch.bfloat16, world=world)
+    pairs = PAIRS // world.world_size
+    with Traffic() as traffic:
+        table.observe(0, torch.arange(pairs), torch.zeros(2, pairs, 24))
+    return traffic.calls
+
+
+def test_the_bytes_that_a_table_takes_from_a_step_are_the_estimates() -> None:
+    config = mining_config(mode="table")
+    network = measure_network(config.model, config.data)
+    found = mining_work(config, Cluster(gpus_per_node=2), network, identities=CANDIDATES).collectives
+    in_a_step = [c for c in found if c.calls_per_step == 1]
+    for calls in run_ranks(traffic_of_an_observation, 2):
+        assert Counter(calls) == counted(in_a_step)
 
 
 def test_what_a_ring_sends_and_takes() -> None:
@@ -149,4 +208,4 @@ def test_one_rank_sends_nothing() -> None:
     config = config_of(sync_batchnorm=True, zero_stage=2)
     network = measure_network(config.model, config.data)
     assert list(step_collectives(config, network, 1)) == []
-    assert list(mining_collectives(config, network, 1, CANDIDATES)) == []
+    assert mining_collectives(config, 1, CANDIDATES) == []

@@ -84,6 +84,6 @@ def test_memory_is_that_of_a_real_step(world_size: int) -> None:
             loss = measure_loss(
                 config.loss, pairs=schedule.pairs, global_pairs=PAIRS, embedding_dim=network.embedding_dim
             )
-            parts = step_memory(config, network, passes, loss, schedule)
+            parts = step_memory(config, network, passes, loss, schedule, world_size)
             ratio = (sum(parts.values()) - parts["images"]) / peak_bytes
             assert 0.9 < ratio < 1.25, (name, ratio, parts, peak_bytes)

@@ -178,6 +178,6 @@ def test_rows_are_extended_only_when_they_run_dry() -> None:
 
 @pytest.mark.parametrize("num", [0, 7])
 def test_more_classes_than_there_are_is_refused(num: int) -> None:
-    graph, extend = neighbour_graph(*clustered(6, 4), World())
+    graph, extend = neighbour_graph(*clustered(6, 4), World(), num_neighbours=2)
     with pytest.raises(ValueError, match=f"expected 1 to 6, the number of candidates, got {num}"):
         best_first_classes(graph, num, np.random.default_rng(0), extend=extend)

@@ -7,7 +7,7 @@ from distributed.ranks import run_ranks
 from mining.clustered import clustered
 
 from facetrain.mining.best_first import NeighbourGraph, best_first_classes
-from facetrain.mining.neighbours import graph_pays, neighbour_graph
+from facetrain.mining.neighbours import graph_pays, neighbour_graph, neighbours_needed
 from facetrain.mining.scores import on_grid
 from facetrain.world import World
 
@@ -97,7 +97,7 @@ def test_more_ranks_than_candidates_is_no_trouble() -> None:
 
 
 def list_of_two(world: World) -> list[int]:
-    graph, extend = neighbour_graph(*clustered(2, 4), world)
+    graph, extend = neighbour_graph(*clustered(2, 4), world, num_neighbours=5)
     return best_first_classes(graph, 2, np.random.default_rng(0), extend=extend).order.tolist()
 
 
@@ -105,3 +105,25 @@ def test_a_graph_pays_for_many_batches_of_a_round() -> None:
     assert not graph_pays(10_000, 10_000, 320, 1)
     assert graph_pays(10_000, 10_000, 320, 64)
     assert not graph_pays(100_000, 50_000, 320, 1)
+
+
+def test_neighbours_suffice_for_the_batches_and_fit_into_memory() -> None:
+    assert neighbours_needed(10_000, 10_000, 1000) == 1100
+    assert neighbours_needed(10_000, 5000, 320) == 704
+    assert neighbours_needed(10_000, 5000, 8) == 128
+    assert neighbours_needed(100, 50, 90) == 100
+    assert neighbours_needed(100_000, 50_000, 4000) == 335
+
+
+def test_no_row_of_so_many_neighbours_runs_dry() -> None:
+    anchors, positives = clustered(600, 6, num_groups=3)
+    num_neighbours = neighbours_needed(600, 300, 150)
+    graph, _ = neighbour_graph(anchors, positives, World(), num_neighbours=num_neighbours)
+    assert num_neighbours == 330
+    for seed in range(5):
+        subset = np.sort(np.random.default_rng(seed).choice(600, 300, replace=False))
+        best_first_classes(graph, 150, np.random.default_rng(seed), extend=never, subset=subset)
+
+
+def never(s: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    raise AssertionError(f"class {s} was extended to {length}")
