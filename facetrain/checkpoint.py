@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from facetrain.command_line import config_yaml, load_config
 from facetrain.config import Config
 from facetrain.engine import Engine
-from facetrain.models import build_backbone
+from facetrain.models import Backbone, build_backbone
 from facetrain.world import World
 
 ArrayT = TypeVar("ArrayT")
@@ -45,8 +45,8 @@ class TrainState:
     """Times that each trained identity was in a batch."""
     mined: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     """Mined batches that are still to come: step -> identities [N]."""
-    best_accuracy: float = -1.0
-    """Highest held-out verification accuracy so far."""
+    best_value: float = -1.0
+    """Highest value of `eval.best_metric` so far."""
     best_step: int = -1
     """The step that has it; -1 before the first evaluation."""
     shards_sha256: str = ""
@@ -191,7 +191,7 @@ def save_config(config: Config, folder: Path) -> None:
     os.replace(folder / ".config.tmp", folder / "config.yaml")
 
 
-def load_backbone(run: Path) -> tuple[nn.Module, Config]:
+def load_backbone(run: Path) -> tuple[Backbone, Config]:
     """Build the backbone of a run and load its weights, on the CPU.
 
     Args:

@@ -1,66 +1,337 @@
-"""Evaluate somebody's weights or embeddings on a set of named faces: what `facetrain lfw` does."""
+"""Evaluate somebody's weights or embeddings on a set of faces: what `facetrain lfw` and `facetrain compare` do."""
 
-import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
 from facetrain.checkpoint import load_backbone
-from facetrain.data.sources import open_faces
-from facetrain.evaluation.inputs import load_embeddings_npz
-from facetrain.evaluation.judge import embed_faces
-from facetrain.evaluation.lfw import check_inputs
-from facetrain.evaluation.report import evaluate_to_folder
-from facetrain.world import start_world
+from facetrain.config import DataConfig, RunConfig
+from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
+from facetrain.data.decode import decode_face, present_face, thumbnail
+from facetrain.data.sources import FaceSource, open_faces
+from facetrain.data.verification_bin import read_verification_bin
+from facetrain.embed import embed_images
+from facetrain.evaluation.compare import compare, format_comparison, write_comparison
+from facetrain.evaluation.distractors import Crowd, DistractorScores, Search, open_crowd, search_crowd
+from facetrain.evaluation.inputs import ImageKey, PairList, face_set, image_name, load_embeddings_npz, unit_vectors
+from facetrain.evaluation.judge import PICTURE_PX, pictures_of
+from facetrain.evaluation.lfw import evaluate, evaluate_pairs
+from facetrain.evaluation.lists import Request, read_lists
+from facetrain.evaluation.report import report_to_folder
+from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
+from facetrain.world import World, start_world
+
+BIN_FOLDS = 10
+"""Folds of a verification file, which doesn't say."""
+
+Device = Literal["auto", "cpu", "cuda"]
+
+Decode = Callable[[int, DataConfig], NDArray[np.uint8]]
+"""Image number and a network's preprocessing -> what that network sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """How faces become embeddings."""
+
+    mirror: bool = True
+    """Add the embedding of the mirrored image."""
+    device: Device = "auto"
+    """auto: cuda where there is one."""
+    onnx: OnnxInput = field(default_factory=OnnxInput)
+    """What ONNX networks expect."""
+    landmarks: Path | None = None
+    """Five points of each photograph, by which it is aligned."""
+    detector: Path | None = None
+    """YuNet, which finds the five points; None and no landmarks take the images as aligned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distractors:
+    """A crowd that enlarges every gallery, as it is asked for."""
+
+    files: tuple[Path, ...] = ()
+    """Embeddings of strangers, .npy; none leaves the galleries as they are."""
+    search: Search = "exact"
+    """How the crowd is searched."""
+
+    def open(self) -> Crowd | None:
+        """Open and check the files; None where there are none."""
+        return open_crowd(self.files) if self.files else None
+
+    def score(
+        self, crowd: Crowd | None, names: Sequence[str], embeddings: NDArray[np.float32], world: World
+    ) -> DistractorScores | None:
+        """Search the crowd for each embedding, over all ranks."""
+        if crowd is None:
+            return None
+        return search_crowd(unit_vectors(names, embeddings), crowd, world, search=self.search, progress=True)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Something that embeds faces, with the preprocessing that it was made for."""
+
+    file: Path
+    backbone: nn.Module
+    data: DataConfig
+    precision: Literal["float32", "bfloat16"]
+
+
+def open_network(file: Path, onnx: OnnxInput) -> Network:
+    """Open a run folder, a .safetensors file with its config, or an ONNX file.
+
+    Raises:
+        ValueError: The weights or the network can't be used; the message names the file.
+        FileNotFoundError: There are none.
+    """
+    if file.suffix != ".onnx":
+        backbone, config = load_backbone(file)
+        return Network(file, backbone, config.data, config.train.precision)
+    network = OnnxBackbone(file, onnx)
+    data = DataConfig(image_px=network.image_px, colour="rgb" if network.channels == 3 else "grey")
+    return Network(file, network, data, "float32")
 
 
 def evaluate_embeddings(
-    file: Path, *, pairs: Path, open_set_people: Path | None, draws: int, dataset: str, out: Path
+    file: Path,
+    images: Sequence[Path],
+    distractors: Distractors,
+    request: Request,
+    out: Path,
+    *,
+    device: Device = "auto",
 ) -> None:
-    """Run the protocols on an .npz of `names` and `embeddings`; print the table, write results and figures.
+    """Run the protocols on an .npz of `names` and `embeddings`; print the table, write results and a report.
+
+    Args:
+        file: The .npz.
+        images: Where the faces are, for the report to show the hardest pairs; none shows names alone.
+        distractors: A crowd for the galleries, searched over all ranks.
+        request: The protocols.
+        out: The folder for results and report.
+        device: Where the crowd is searched.
 
     Raises:
-        ValueError: The file or a list can't be used; the message names it.
+        ValueError: The file, an image or a list can't be used; the message names it.
     """
-    if os.environ.get("RANK", "0") != "0":  # there is nothing to share
-        return
     names, embeddings = load_embeddings_npz(file)
-    evaluate_to_folder(
-        names, embeddings, pairs=pairs, open_set_people=open_set_people, draws=draws, dataset=dataset, out=out
-    )
+    read_lists(names, request)
+    read_picture = pictures_of(open_faces(images), names) if images else None
+    crowd = distractors.open()
+    with start_world(device, RunConfig().timeout_s) as world:
+        scores = distractors.score(crowd, names, embeddings, world)
+
+        def report() -> None:
+            evaluation = evaluate(names, embeddings, request, scores)
+            report_to_folder(evaluation, out, subject=str(file), read_picture=read_picture)
+
+        world.on_main(report)
 
 
-def evaluate_checkpoint(
-    run: Path,
-    images: list[Path],
-    *,
-    mirror: bool,
-    device: Literal["auto", "cpu", "cuda"],
-    pairs: Path,
-    open_set_people: Path | None,
-    draws: int,
-    dataset: str,
+def evaluate_checkpoints(
+    checkpoints: Sequence[Path],
+    images: Sequence[Path],
+    options: EmbedOptions,
+    distractors: Distractors,
+    request: Request,
     out: Path,
 ) -> None:
-    """Embed a set with a run's network, over all ranks, and run the protocols as `evaluate_embeddings` does.
+    """Embed a set over all ranks, and run the protocols as `evaluate_embeddings` does.
+
+    Args:
+        checkpoints: Of several, the embeddings are concatenated, each of unit length.
+        images: Folders or tars.
+        options: How to embed.
+        distractors: A crowd for the galleries.
+        request: The protocols.
+        out: The folder for results and report.
 
     Raises:
         ValueError: The weights, the images or a list can't be used; the message names the file.
     """
-    backbone, config = load_backbone(run)
-    faces = open_faces(images)
-    check_inputs(faces.names, pairs=pairs, open_set_people=open_set_people, dataset=dataset)
-    with start_world(device, config.run.timeout_s) as world:
-        embeddings = embed_faces(faces, backbone.to(world.device), config, world, mirror=mirror, progress=True)
+    networks = [open_network(file, options.onnx) for file in checkpoints]
+    photographs = _Photographs.open(images, options)
+    names = photographs.faces.names
+    read_lists(names, request)
+    crowd = distractors.open()
+    with start_world(options.device, RunConfig().timeout_s) as world:
+        embeddings = embed_all(networks, photographs.decode, names, options, world)
+        not_aligned = photographs.not_aligned(world)
+        scores = distractors.score(crowd, names, embeddings, world)
 
         def report() -> None:
-            evaluate_to_folder(
-                faces.names,
-                embeddings,
-                pairs=pairs,
-                open_set_people=open_set_people,
-                draws=draws,
-                dataset=dataset,
-                out=out,
-            )
+            evaluation = replace(evaluate(names, embeddings, request, scores), not_aligned=not_aligned)
+            read_picture = pictures_of(photographs.faces, names)
+            report_to_folder(evaluation, out, subject=_listed(checkpoints), read_picture=read_picture)
 
         world.on_main(report)
+
+
+def evaluate_bin(checkpoints: Sequence[Path], file: Path, options: EmbedOptions, request: Request, out: Path) -> None:
+    """Run verification on an InsightFace verification file, in ten folds of neighbouring pairs.
+
+    Arguments are those of `evaluate_checkpoints`; of the request, name and convention count.
+
+    Raises:
+        ValueError: The file or the weights can't be used; the message names the file.
+    """
+    content = read_verification_bin(file)
+    num_pairs = len(content.is_genuine)
+    if num_pairs < BIN_FOLDS:
+        raise ValueError(f"{file}: expected {BIN_FOLDS} pairs or more for as many folds, got {num_pairs}")
+    if len(set(content.is_genuine.tolist())) < 2:
+        num_genuine = int(content.is_genuine.sum())
+        raise ValueError(f"{file}: expected genuine and impostor pairs, got {num_genuine} genuine of {num_pairs}")
+    networks = [open_network(path, options.onnx) for path in checkpoints]
+    pairs = PairList(
+        path=file,
+        pairs=tuple((("image", 2 * pair), ("image", 2 * pair + 1)) for pair in range(num_pairs)),
+        is_genuine=content.is_genuine,
+        fold=np.concatenate([np.full(len(f), k) for k, f in enumerate(np.array_split(range(num_pairs), BIN_FOLDS))]),
+        num_folds=BIN_FOLDS,
+        pairs_per_fold=num_pairs // (2 * BIN_FOLDS),
+    )
+    names = [image_name(key) for pair in pairs.pairs for key in pair]
+
+    def decode(image: int, data: DataConfig) -> NDArray[np.uint8]:
+        return decode_face(content.images[image], data, f"{file}: image {image}")
+
+    def read_picture(key: ImageKey) -> bytes:
+        return thumbnail(content.images[key[1]], PICTURE_PX, f"{file}: image {key[1]}")
+
+    with start_world(options.device, RunConfig().timeout_s) as world:
+        embeddings = embed_all(networks, decode, names, options, world)
+
+        def report() -> None:
+            evaluation = evaluate_pairs(pairs, embeddings, dataset=request.dataset, convention=request.convention)
+            report_to_folder(evaluation, out, subject=_listed(checkpoints), read_picture=read_picture)
+
+        world.on_main(report)
+
+
+def compare_files(
+    a: Path, b: Path, images: Sequence[Path], options: EmbedOptions, request: Request, out: Path | None
+) -> None:
+    """Compare two embeddings of one set; print the table and, where a folder is given, write `compare.json` into it.
+
+    Args:
+        a: An .npz of `names` and `embeddings`, or weights that embed `images`.
+        b: The other one.
+        images: For the weights; none where both are .npz files.
+        options: How to embed.
+        request: The protocols, with the number of resamples.
+        out: The folder.
+
+    Raises:
+        ValueError: A file or a list can't be used, or the two don't hold the same images; the message names it.
+    """
+    files = [file for file in (a, b) if file.suffix != ".npz"]
+    if bool(files) != bool(images):
+        expected = f"to embed with {files[0]}" if files else "none, since both are .npz files"
+        raise ValueError(f"--images: expected {expected}, got {len(images)}")
+    stored = {file: load_embeddings_npz(file) for file in (a, b) if file.suffix == ".npz"}
+    networks = {file: open_network(file, options.onnx) for file in files}
+    photographs = _Photographs.open(images, options) if images else None
+    names = photographs.faces.names if photographs else stored[a][0]
+    read_lists(names, request)
+    embeddings = {file: _in_order(file, *stored[file], names) for file in stored}
+    with start_world(options.device, RunConfig().timeout_s) as world:
+        for file, network in networks.items():
+            assert photographs is not None  # there are images where there are networks
+            embeddings[file] = embed_all([network], photographs.decode, names, options, world)
+
+        def report() -> None:
+            comparison = compare(names, embeddings[a], embeddings[b], request)
+            if out is not None:
+                write_comparison(comparison, out)
+            sys.stdout.write(format_comparison(comparison, str(a), str(b)))
+
+        world.on_main(report)
+
+
+def embed_all(
+    networks: Sequence[Network], decode: Decode, names: Sequence[str], options: EmbedOptions, world: World
+) -> NDArray[np.float32]:
+    """Embed images with each network over all ranks; float32 [n, sum of D], the same on every rank.
+
+    Of several networks each gets the same say: its part is of unit length.
+
+    Raises:
+        ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite.
+    """
+    parts = []
+    for network in networks:
+        embeddings = embed_images(
+            network.backbone.to(world.device),
+            _seen_by(network, decode),
+            len(names),
+            world=world,
+            precision=network.precision,
+            mirror=options.mirror,
+            progress="embed",
+        )
+        parts.append(embeddings.cpu().numpy())
+    if len(parts) == 1:
+        return parts[0]
+    for number, network in enumerate(networks):
+        try:
+            parts[number] = unit_vectors(names, parts[number])
+        except ValueError as error:
+            raise ValueError(f"{network.file}: {error}") from None
+    return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class _Photographs:
+    """Images to embed, aligned on the way where asked for."""
+
+    faces: FaceSource
+    aligner: FaceAligner | None
+
+    @classmethod
+    def open(cls, images: Sequence[Path], options: EmbedOptions) -> "_Photographs":
+        find: FindPoints | None = None
+        if options.landmarks:
+            find = points_from_file(options.landmarks)
+        elif options.detector:
+            find = YunetDetector(options.detector)
+        return cls(open_faces(images), FaceAligner(find) if find else None)
+
+    def decode(self, image: int, data: DataConfig) -> NDArray[np.uint8]:
+        name = self.faces.names[image]
+        if self.aligner is None:
+            return decode_face(self.faces.read(image), data, name)
+        return present_face(self.aligner.align(self.faces.read(image), name), data)
+
+    def not_aligned(self, world: World) -> tuple[str, ...] | None:
+        """Return the images of all ranks whose face wasn't found."""
+        if self.aligner is None:
+            return None
+        found = world.all_gather_object(self.aligner.not_found)
+        return tuple(sorted({name for names in found for name in names}))
+
+
+def _seen_by(network: Network, decode: Decode) -> Callable[[int], NDArray[np.uint8]]:
+    return lambda image: decode(image, network.data)
+
+
+def _in_order(
+    file: Path, given: Sequence[str], embeddings: NDArray[np.float32], names: Sequence[str]
+) -> NDArray[np.float32]:
+    """Return stored embeddings in the order of `names`, which must be the same images."""
+    row_of, wanted = face_set(given).row_of, face_set(names).row_of
+    for key in [*wanted.keys() - row_of.keys(), *row_of.keys() - wanted.keys()][:1]:
+        where = "is missing" if key in wanted else "isn't among the images of the other"
+        raise ValueError(f"{file}: {image_name(key)} {where}; expected the same {len(wanted):,} images in both")
+    return embeddings[[row_of[key] for key in wanted]]
+
+
+def _listed(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))

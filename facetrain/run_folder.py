@@ -25,6 +25,7 @@ FREE_KEYS = (
     "eval.dataset",
     "eval.images",
     "eval.pairs",
+    "eval.view1",
     "eval.open_set_people",
     "eval.mirror",
     "eval.draws",

@@ -6,7 +6,7 @@ this is the sole importer.
 Dims: Q queries, q queries of one block, I items, G groups of items, L clusters, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -69,6 +69,30 @@ def top_k(queries_QD: Tensor, items_ID: Tensor, k: int, *, block_bytes: int = BL
     return scores_Qk, items_Qk
 
 
+ItemBlocks = Iterable[tuple[int, Tensor]]
+"""Items that come in blocks: the number of the block's first item, and the block, float32 [i, D]."""
+
+
+def top_k_of_blocks(
+    queries_QD: Tensor, blocks: ItemBlocks, k: int, *, block_bytes: int = BLOCK_BYTES
+) -> tuple[Tensor, Tensor]:
+    """Return each query's k items of highest inner product among items that come in blocks, best first.
+
+    What is held is one block of items and `block_bytes` of scores, however many items there are.
+
+    Returns:
+        The scores, float32 [Q, k], and the numbers of the items, int64 [Q, k]; -inf and -1 beyond the last item.
+    """
+    scores_Qk = queries_QD.new_full((queries_QD.shape[0], k), -torch.inf)
+    items_Qk = torch.full_like(scores_Qk, -1, dtype=torch.int64)
+    for first, items_ID in blocks:
+        for rows, scores_qI in similarity_blocks(queries_QD, items_ID, block_bytes=block_bytes):
+            best, place = scores_qI.topk(min(k, items_ID.shape[0]), dim=1)
+            scores_Qk[rows], order = torch.cat([scores_Qk[rows], best], dim=1).topk(k, dim=1)
+            items_Qk[rows] = torch.cat([items_Qk[rows], place + first], dim=1).gather(1, order)
+    return scores_Qk, items_Qk
+
+
 def group_maxima(
     queries_QD: Tensor, items_ID: Tensor, groups_I: Tensor, num_groups: int, *, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -91,6 +115,56 @@ def group_maxima(
             continue
         maxima_qG = scores_qI.new_full((scores_qI.shape[0], num_groups), -torch.inf)
         yield rows, maxima_qG.scatter_reduce_(1, groups_I.expand_as(scores_qI), scores_qI, "amax")
+
+
+def k_means(items_ID: Tensor, num_clusters: int, *, seed: int, max_iterations: int = 100) -> Tensor:
+    """Return the cluster of each item by Lloyd's algorithm, int64 [I].
+
+    The first centres are distinct items drawn with the seed. It ends when no item changes its cluster, or after
+    `max_iterations`. A cluster that loses all items starts anew at the item that is farthest from its centre.
+
+    It needs no FAISS, so that what it finds doesn't depend on what is installed.
+
+    Args:
+        items_ID: float32.
+        num_clusters: 1 to I.
+        seed: Of the first centres.
+        max_iterations: Rounds of assigning items and moving centres.
+
+    Raises:
+        ValueError: num_clusters is out of bounds.
+
+    Source: Lloyd, IEEE Trans. Information Theory, 1982.
+    """
+    num_items = items_ID.shape[0]
+    if not 1 <= num_clusters <= num_items:
+        raise ValueError(f"num_clusters: expected 1 to the number of items, {num_items}, got {num_clusters}")
+    drawn = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))[:num_clusters]
+    centres_KD = items_ID[drawn.to(items_ID.device)]
+    cluster_I = torch.full((num_items,), -1, device=items_ID.device)
+    for _ in range(max_iterations):
+        before_I = cluster_I
+        cluster_I, nearness_I = _nearest_centres(items_ID, centres_KD)
+        if torch.equal(cluster_I, before_I):
+            break
+        # Sums in float64, so that their order doesn't matter.
+        sums_KD = torch.zeros_like(centres_KD, dtype=torch.float64).index_add_(0, cluster_I, items_ID.double())
+        counts_K = cluster_I.bincount(minlength=num_clusters)
+        centres_KD = (sums_KD / counts_K.clamp(min=1)[:, None]).float()
+        empty = (counts_K == 0).nonzero()[:, 0]
+        centres_KD[empty] = items_ID[nearness_I.argsort(stable=True)[: len(empty)]]
+    return cluster_I
+
+
+def _nearest_centres(items_ID: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each item's nearest centre by Euclidean distance, and -1/2 of that distance squared."""
+    half_norms_K = centres_KD.square().sum(dim=1) / 2
+    blocks = [
+        (scores_qK - half_norms_K).max(dim=1)  # -|x - c|^2 / 2 + |x|^2 / 2
+        for _, scores_qK in similarity_blocks(items_ID, centres_KD)
+    ]
+    nearness_I = torch.cat([block.values for block in blocks]) - items_ID.square().sum(dim=1) / 2
+    return torch.cat([block.indices for block in blocks]), nearness_I
 
 
 def has_faiss() -> bool:

@@ -31,9 +31,8 @@ from facetrain.data.plan import Plan, count_draws, pairs_per_rank
 from facetrain.data.shards import ShardSet
 from facetrain.data.split import IdentitySplit, split_identities
 from facetrain.engine import Engine, learning_rate_at
-from facetrain.evaluation.figures import save_figures
 from facetrain.evaluation.judge import Judge, Judgement
-from facetrain.evaluation.report import format_table, write_results
+from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.losses.npair import NPairLoss
 from facetrain.mining.miner import Miner
@@ -263,10 +262,12 @@ class Run:
         save_checkpoint(self.folder.path, self.engine, self.state, self.config, self.world, table_rows=table)
 
     def _log_judgement(self, judgement: Judgement) -> None:
-        """Record how good the network is; the best is chosen by held-out accuracy, never by the evaluation set."""
-        accuracy = judgement.heldout.get("accuracy", -1.0)
-        if accuracy > self.state.best_accuracy:
-            self.state.best_accuracy, self.state.best_step = accuracy, self.state.step
+        """Record how good the network is, and whether it is the best so far by `eval.best_metric`."""
+        best_metric, figures = self.config.eval.best_metric, judgement.metrics()
+        if best_metric in figures and figures[best_metric] > self.state.best_value:
+            self.state.best_value, self.state.best_step = figures[best_metric], self.state.step
+        elif figures and best_metric not in figures:
+            log.warning(f"eval.best_metric: {best_metric} was not measured, so no checkpoint is the best")
         self._report(judgement)
 
     def _report(self, judgement: Judgement) -> None:
@@ -282,6 +283,11 @@ class Run:
         log.info(split.describe())
         if split.unknown_names:
             log.warning(f"data.exclude: not in the shards: {', '.join(split.unknown_names)}")
+        if config.eval.chooses_on_test:
+            log.warning(
+                f"eval.best_metric: {config.eval.best_metric} is what LFW is published on; choosing by it makes the"
+                " figure of the best checkpoint optimistic. heldout/accuracy and lfw/view1/accuracy are there for that"
+            )
         log.info(f"{config.model.name}: {parameters / 1e6:.2f} million parameters, on {world.device}")
         log.info(
             f"{pairs} pairs a step = {world.world_size} ranks x {pairs // world.world_size};"
@@ -303,12 +309,12 @@ class Run:
             save_weights(weights, self.config, path)
             if judgement.evaluation is not None:
                 sys.stdout.write(format_table(judgement.evaluation))
-                save_figures(judgement.evaluation, path / "figures")
+                write_report(judgement.evaluation, path, subject=str(path), read_picture=self.judge.read_picture)
             write_results(judgement.results(), path)
-            self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "figures")
+            self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "report.html", path / "figures")
             if state.best_step >= 0:
                 best = checkpoint_folder(path, state.best_step)
-                log.info(f"best      {best}  heldout verification {state.best_accuracy:.2%}")
+                log.info(f"best      {best}  {self.config.eval.best_metric} {state.best_value:.2%}")
             log.info(f"run       {path}")
             log.info(f"weights   {path / 'model.safetensors'}")
             log.info(f"results   {path / 'results.json'}")

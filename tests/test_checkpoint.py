@@ -56,7 +56,7 @@ def save_and_go_on(world, folder):
         engine = make_engine(world, config)
         train(engine, range(2))
         mined = {7: np.arange(4), 8: np.arange(4)[::-1].copy()}
-        state = TrainState(step=2, draws=np.arange(5), mined=mined, best_accuracy=0.5, best_step=1)
+        state = TrainState(step=2, draws=np.arange(5), mined=mined, best_value=0.5, best_step=1)
         first, last = TABLE_ROWS[optimizer][world.rank]
         table_rows = {"first_row": torch.tensor([first])} | {name: rows[first:last] for name, rows in TABLE.items()}
         save_checkpoint(folder / f"{optimizer}-{zero_stage}", engine, state, config, world, table_rows=table_rows)
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_at_any_zero_stage_on_one_or_two(tmp_p
                 np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
 
     state = load_state(tmp_path / "sgd-2" / "checkpoints" / "step-00000002")
-    assert (state.step, state.best_accuracy, state.best_step) == (2, 0.5, 1)
+    assert (state.step, state.best_value, state.best_step) == (2, 0.5, 1)
     assert {step: ids.tolist() for step, ids in state.mined.items()} == {7: [0, 1, 2, 3], 8: [3, 2, 1, 0]}
     assert state.draws.tolist() == [0, 1, 2, 3, 4]
     check_table_rows(tmp_path)

@@ -7,7 +7,7 @@ from commands import assert_user_error, facetrain, run
 import facetrain as package
 from facetrain.cli import main
 
-COMMANDS = ["synth", "pack", "train", "check", "estimate", "lfw"]
+COMMANDS = ["synth", "pack", "train", "check", "estimate", "lfw", "compare", "retrieval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,7 +52,25 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["lfw", "--pairs", "p.txt", "--out", "o", "--checkpoint", "run"], ["--images"]),
         (["lfw", "--pairs", "p.txt", "--out", "o", "--embeddings", "nowhere.npz"], ["nowhere.npz"]),
         (["lfw", "--pairs", "p.txt", "--out", "o", "--checkpoint", "nowhere", "--images", "i"], ["nowhere"]),
-        (["lfw", "--embeddings", "e.npz", "--out", "o"], ["pairs"]),
+        (["lfw", "--embeddings", "e.npz", "--pairs", "p.txt"], ["out"]),
+        (["lfw", "--embeddings", "e.npz", "--out", "o", "--bin", "b"], ["--bin"]),
+        (["lfw", "--checkpoint", "r", "--out", "o", "--images", "i", "--bin", "b"], ["--images", "--bin"]),
+        (["lfw", "--checkpoint", "r", "--out", "o", "--bin", "b", "--pairs", "p.txt"], ["--bin"]),
+        (["lfw", "--checkpoint", "r", "--out", "o", "--bin", "nowhere.bin"], ["nowhere.bin"]),
+        (["lfw", "--checkpoint", "n.onnx", "--out", "o", "--images", "i"], ["n.onnx"]),
+        (["lfw", "--embeddings", "e.npz", "--out", "o", "--view1", "only-one.txt"], ["view1"]),
+        (["lfw", "--embeddings", "e.npz", "--out", "o", "--closed-gallery", "g.txt"], ["--closed-probes"]),
+        (["lfw", "--embeddings", "e.npz", "--out", "o", "--bootstrap", "5"], ["bootstrap", "100", "5"]),
+        (["lfw", "--embeddings", "e.npz", "--out", "o", "--draws", "0"], ["--draws", "0"]),
+        (["lfw", "--embeddings", "e.npz", "--out", "o", "--convention", "mine"], ["convention", "mine"]),
+        (["compare", "a.npz", "b.npz"], ["a.npz"]),
+        (["compare", "a.npz", "run"], ["--images", "run"]),
+        (["compare", "a.npz", "b.npz", "--images", "i"], ["--images"]),
+        (["lfw", "--embeddings", "e.npz", "--pairs", "p", "--out", "o", "--search", "ivf"], ["--distractors"]),
+        (["retrieval", "--out", "o"], ["--checkpoint", "--embeddings"]),
+        (["retrieval", "--out", "o", "--embeddings", "e.npz", "--images", "i"], ["--checkpoint"]),
+        (["retrieval", "--out", "o", "--embeddings", "nowhere.npz"], ["nowhere.npz"]),
+        (["retrieval", "--out", "o", "--embeddings", "e.npz", "--clusterings", "-1"], ["--clusterings", "-1"]),
     ],
 )
 def test_a_users_error_is_one_line_and_code_2(

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from facetrain.command_line import config_yaml, differing_keys, load_config, parse_config
-from facetrain.config import Config, DataConfig, TrainConfig
+from facetrain.config import Config, DataConfig, EvalConfig, TrainConfig
 
 
 def error_of(*argv: str) -> str:
@@ -63,6 +63,16 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
         (["--mining.max_appearances", "0"], ["mining.max_appearances", "1 or more", "0"]),
         (["--mining.images_per_class", "3"], ["mining.images_per_class", "3"]),
         (["--eval.images", "[lfw]"], ["eval.pairs", "eval.images"]),
+        (["--eval.view1", "[a, b]"], ["eval.view1", "eval.images"]),
+        (["--eval.images", "[lfw]", "--eval.view1", "[a]"], ["eval.view1", "pairsDevTest.txt", "['a']"]),
+        (["--eval.best_metric", "accuracy"], ["eval.best_metric", "'accuracy'", "heldout/FIGURE"]),
+        (["--eval.best_metric", "heldout/eer"], ["eval.best_metric", "'heldout/eer'", "vr_at_far_1e-3"]),
+        (["--eval.best_metric", "set/closed-full/rank1"], ["eval.best_metric", "lfw/PROTOCOL/FIGURE"]),
+        (["--eval.best_metric", "lfw/closed-full/rank1"], ["eval.best_metric", "needs eval.images"]),
+        (
+            ["--eval.images", "[lfw]", "--eval.pairs", "p", "--eval.best_metric", "lfw/view1/accuracy"],
+            ["eval.best_metric", "needs eval.images and eval.view1"],
+        ),
         (["stray"], ["stray"]),
     ],
 )
@@ -113,3 +123,17 @@ def test_every_key_has_a_docstring_in_the_help(capsys: pytest.CaptureFixture[str
     for key in Config().flat():
         help_text = text.rsplit(f"  --{key} ", 1)[1].split("  --", 1)[0].split("(type:")[0]
         assert len(help_text.split()) > 2, key
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("heldout/accuracy", False),
+        ("lfw/view1/accuracy", False),
+        ("lfw/verification/accuracy", True),
+        ("lfw/open-best-rowden/dir_rank1_at_far_1e-2", True),
+    ],
+)
+def test_choosing_a_checkpoint_on_what_is_published_is_known(metric: str, expected: bool) -> None:
+    config = EvalConfig(images=("lfw",), pairs="pairs.txt", view1=("train.txt", "test.txt"), best_metric=metric)
+    assert config.chooses_on_test is expected

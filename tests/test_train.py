@@ -153,18 +153,22 @@ def test_a_run_leaves_all_that_the_next_command_needs(synthetic, tmp_path):
         "eval__images": f"[{synthetic / 'faces' / 'heldout'}]",
         "eval__pairs": synthetic / "faces" / "heldout_pairs.txt",
         "eval__open_set_people": synthetic / "faces" / "heldout_people.txt",
+        "eval__best_metric": "synthetic/closed-full/rank1",
         "train__steps": 4,
         "mining__mode": "off",
         "tracking__backend": "mlflow",
     }
     done = facetrain("train", *flags(synthetic, run_dir, **evaluation), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "results.json", "logs/train.log"):
+    for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "results.json", "report.html", "logs/train.log"):
         assert (run_dir / name).is_file(), name
+    assert "data:image/jpeg;base64," in (run_dir / "report.html").read_text()
+    assert list(tmp_path.glob("mlruns/**/report.html"))
     assert list((run_dir / "figures").glob("*.png"))
     assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
     assert config_yaml(load_config(run_dir / "config.yaml")) == (run_dir / "config.yaml").read_text()
     results = json.loads((run_dir / "results.json").read_text())
+    assert f"step-00000004  synthetic/closed-full/rank1 {results['closed-full']['rank1']:.2%}" in done.stderr
     assert {"verification", "closed-full", "open-best-rowden", "heldout"} <= results.keys()
 
     # The same figures come out of the weights alone, and of one checkpoint's.

@@ -46,19 +46,61 @@ def decode_augmented(data: bytes, config: DataConfig, seed: int, name: str) -> n
     return _cut(_decode(data, config, name), config, draw_augmentation(seed, config))
 
 
+def decode_photograph(data: bytes, name: str) -> npt.NDArray[np.uint8]:
+    """Decode an image file as it is, uint8 [H, W, 3], RGB.
+
+    Raises:
+        ValueError: The bytes are no image.
+    """
+    return _read_image(data, cv2.IMREAD_COLOR_RGB, name)  # type: ignore[no-any-return]
+
+
+def present_face(face: npt.NDArray[np.uint8], config: DataConfig) -> npt.NDArray[np.uint8]:
+    """Turn a face that is already in memory, as alignment leaves it, into what the network sees.
+
+    Args:
+        face: uint8 [H, W, 3], RGB.
+        config: As for `decode_face`.
+
+    Returns:
+        As `decode_face`.
+    """
+    image = face if config.colour == "rgb" else cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
+    return _cut(_resized(image, config.shard_px), config, _UNCHANGED)
+
+
+def thumbnail(data: bytes, side_px: int, name: str) -> bytes:
+    """Return an image as a small square JPEG for a person to look at: its centre, in colour, without metadata.
+
+    Args:
+        data: Anything that OpenCV reads.
+        side_px: Side of the square.
+        name: How an error calls the image.
+
+    Raises:
+        ValueError: The bytes are no image.
+    """
+    square = _resized(_read_image(data, cv2.IMREAD_COLOR, name), side_px)
+    return bytes(cv2.imencode(".jpg", square)[1].tobytes())
+
+
 _UNCHANGED = Augmentation()
 
 
 def _decode(data: bytes, config: DataConfig, name: str) -> Any:
     """Return uint8 [shard_px, shard_px, 3], or [shard_px, shard_px] for grey, which JPEG decodes at once."""
     flag = cv2.IMREAD_COLOR_RGB if config.colour == "rgb" else cv2.IMREAD_GRAYSCALE
+    return _resized(_read_image(data, flag, name), config.shard_px)
+
+
+def _read_image(data: bytes, flag: int, name: str) -> Any:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error:  # an empty buffer, or an image beyond OpenCV's size limits; other bytes give None
         image = None
     if image is None:
         raise ValueError(f"{name}: expected an image, got {len(data)} bytes that can't be decoded")
-    return _resized(image, config.shard_px)
+    return image
 
 
 def _cut(image: Any, config: DataConfig, change: Augmentation) -> npt.NDArray[np.uint8]:

@@ -26,6 +26,12 @@ class ClosedSet:
     """From 1, which is best."""
     gallery: int
     """Gallery images."""
+    people: NDArray[np.int64]
+    """The person of each probe."""
+    own_scores: NDArray[np.float32]
+    """Best score of the own person for each probe."""
+    probe_rows: NDArray[np.int64]
+    """The image of each probe, a row of the set."""
 
     def rank_rate(self, rank: int) -> float:
         """Return the share of probes of this rank or better, in [0, 1]."""
@@ -53,6 +59,14 @@ class OpenSet:
     """Best score of anybody in the gallery for each impostor probe."""
     gallery: int
     """Gallery images."""
+    people: NDArray[np.int64]
+    """The person of each genuine probe."""
+    impostor_people: NDArray[np.int64]
+    """The person of each impostor probe."""
+    probe_rows: NDArray[np.int64]
+    """The image of each genuine probe, a row of the set."""
+    impostor_rows: NDArray[np.int64]
+    """The image of each impostor probe."""
 
     @property
     def rank1(self) -> float:
@@ -88,9 +102,13 @@ class OpenSet:
             "far_realised": rate.point.far_realised,
         }
 
+    def found(self, threshold: float, rank: int = 1) -> NDArray[np.bool_]:
+        """Return which genuine probes are found at this rank or better with a score of the threshold or above."""
+        return (self.ranks <= rank) & (self.own_scores >= np.float64(threshold))
+
     def _rate(self, point: OperatingPoint, rank: int) -> AcceptRate:
-        accepted = (self.ranks <= rank) & (self.own_scores >= np.float64(point.threshold))
-        return AcceptRate(float(accepted.mean()), len(accepted), point)
+        found = self.found(point.threshold, rank)
+        return AcceptRate(float(found.mean()), len(found), point)
 
 
 def rank_probes(
@@ -125,7 +143,7 @@ def rank_probes_in_draws(
     gallery_GD: Embeddings,
     people_G: NDArray[np.int64],
     drawn_RK: NDArray[np.bool_],
-) -> NDArray[np.int64]:
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Rank each probe's own person in R galleries, each a choice of the gallery's people, with one search for all.
 
     Args:
@@ -136,14 +154,16 @@ def rank_probes_in_draws(
         drawn_RK: who of the gallery's K people, in ascending order, is in each of the R galleries.
 
     Returns:
-        The ranks as in `rank_probes`, int64 [R, P].
+        The ranks as in `rank_probes`, int64 [R, P]; the own person's score, the same in all draws, float32 [P].
     """
     ranks_RP = np.empty((len(drawn_RK), len(people_P)), dtype=np.int64)
+    own_scores_P = np.empty(len(people_P), dtype=np.float32)
     drawn_KR = torch.from_numpy(drawn_RK.T.astype(np.float32))
     for rows, best_pK, own_p1 in _search_people(probes_PD, people_P, gallery_GD, people_G):
         # Counting by a product of zeros and ones: float32 counts exactly up to 2^24.
         ranks_RP[:, rows] = ((best_pK >= own_p1).to(torch.float32) @ drawn_KR).T.numpy()
-    return ranks_RP
+        own_scores_P[rows] = own_p1[:, 0].numpy()
+    return ranks_RP, own_scores_P
 
 
 def best_scores(probes_ID: Embeddings, gallery_GD: Embeddings) -> NDArray[np.float32]:

@@ -76,13 +76,25 @@ def image_name(key: ImageKey) -> str:
     return f"{key[0]}_{key[1]:04d}"
 
 
+def image_key(name: str) -> ImageKey:
+    """Return person and number of an image name such as `Name_0001`; folders before and a suffix behind are ignored.
+
+    Raises:
+        ValueError: it isn't an image name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"images: expected an image name such as Name_0001, got {name!r}")
+    return match["person"], int(match["number"])
+
+
 def face_set(names: Sequence[str]) -> FaceSet:
     """Read image names such as `Name_0001`; folders before and a suffix behind are ignored.
 
     Raises:
         ValueError: no name at all, one that isn't an image name, or one that stands twice.
     """
-    keys = [_image_key(name) for name in names]
+    keys = [image_key(name) for name in names]
     row_of = {key: row for row, key in enumerate(keys)}
     if not keys:
         raise ValueError("images: expected image names such as Name_0001, got none")
@@ -141,17 +153,45 @@ def read_pairs(path: Path) -> PairList:
     head = lines[0].split() if lines else []
     if len(head) != 2 or not all(word.isdecimal() and int(word) > 0 for word in head):
         raise ValueError(f"{path}:1: expected the number of folds and of pairs in each, got {' '.join(head)!r}")
-    num_folds, pairs_per_fold = map(int, head)
-    num_pairs = 2 * num_folds * pairs_per_fold
-    if len(lines) - 1 != num_pairs:
-        raise ValueError(f"{path}: expected {num_pairs:,} pairs after the first line, got {len(lines) - 1:,}")
-    fold, within = np.divmod(np.arange(num_pairs), 2 * pairs_per_fold)
-    is_genuine = within < pairs_per_fold
-    pairs = tuple(
-        _pair(line, bool(genuine), f"{path}:{number}")
-        for number, (line, genuine) in enumerate(zip(lines[1:], is_genuine, strict=True), start=2)
-    )
-    return PairList(path, pairs, is_genuine, fold, num_folds, pairs_per_fold)
+    return _pair_list(path, lines, *map(int, head))
+
+
+def read_development_pairs(path: Path) -> PairList:
+    """Read a list of View 1, pairsDevTrain.txt or pairsDevTest.txt: one fold, whose size stands in the first line.
+
+    Raises:
+        ValueError: a malformed line, by its number.
+    """
+    lines = _lines(path)
+    head = lines[0].strip() if lines else ""
+    if not head.isdecimal() or int(head) < 1:
+        raise ValueError(f"{path}:1: expected the number of genuine pairs, got {head!r}")
+    return _pair_list(path, lines, 1, int(head))
+
+
+def read_images(path: Path, faces: FaceSet) -> NDArray[np.bool_]:
+    """Read a list of images, one name a line.
+
+    Returns:
+        bool [n], which of the set's images are listed.
+
+    Raises:
+        ValueError: an image that stands twice or isn't in the set; an empty list.
+    """
+    listed = np.zeros(len(faces.names), dtype=bool)
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            row = faces.row_of.get(image_key(line.strip()))
+        except ValueError:
+            raise ValueError(f"{path}:{number}: expected an image name such as Name_0001, got {line!r}") from None
+        if row is None:
+            raise ValueError(f"{path}:{number}: image {line.strip()} is not in the set")
+        if listed[row]:
+            raise ValueError(f"{path}:{number}: image {line.strip()} stands twice")
+        listed[row] = True
+    if not listed.any():
+        raise ValueError(f"{path}: expected image names, one a line, got an empty file")
+    return listed
 
 
 def read_people(path: Path, faces: FaceSet) -> NDArray[np.bool_]:
@@ -196,7 +236,8 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
     except KeyError as error:
         raise ValueError(f"{path}: expected the arrays 'names' and 'embeddings'; {error.args[0]}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+        hint = " (rows whose widths differ are stored as objects)" if "Object arrays" in str(error) else ""
+        raise ValueError(f"{path}: not a readable .npz file: {error}{hint}") from None
     names, embeddings = arrays["names"], arrays["embeddings"]
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"{path}: expected 'names' to be a list of strings, got {names.dtype} {names.shape}")
@@ -206,11 +247,17 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
     return tuple(names.tolist()), embeddings.astype(np.float32)
 
 
-def _image_key(name: str) -> ImageKey:
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"images: expected an image name such as Name_0001, got {name!r}")
-    return match["person"], int(match["number"])
+def _pair_list(path: Path, lines: Sequence[str], num_folds: int, pairs_per_fold: int) -> PairList:
+    num_pairs = 2 * num_folds * pairs_per_fold
+    if len(lines) - 1 != num_pairs:
+        raise ValueError(f"{path}: expected {num_pairs:,} pairs after the first line, got {len(lines) - 1:,}")
+    fold, within = np.divmod(np.arange(num_pairs), 2 * pairs_per_fold)
+    is_genuine = within < pairs_per_fold
+    pairs = tuple(
+        _pair(line, bool(genuine), f"{path}:{number}")
+        for number, (line, genuine) in enumerate(zip(lines[1:], is_genuine, strict=True), start=2)
+    )
+    return PairList(path, pairs, is_genuine, fold, num_folds, pairs_per_fold)
 
 
 def _pair(line: str, genuine: bool, where: str) -> tuple[ImageKey, ImageKey]:

@@ -1,6 +1,6 @@
 """What a run is judged on: pairs of held-out identities, and an evaluation set where one is configured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from facetrain.config import Config, EvalConfig
-from facetrain.data.decode import decode_face
+from facetrain.config import Config
+from facetrain.data.decode import decode_face, thumbnail
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.split import HeldoutPairs, IdentitySplit, heldout_pairs
 from facetrain.embed import embed_images
-from facetrain.evaluation.lfw import Evaluation, check_inputs, evaluate, metrics
+from facetrain.evaluation.html_report import ReadPicture
+from facetrain.evaluation.inputs import ImageKey, face_set, image_name
+from facetrain.evaluation.lfw import Evaluation, evaluate, metrics
+from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.verification import verify
 from facetrain.world import World
+
+PICTURE_PX = 112
+"""Side of the pictures in a report."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,15 @@ class Judge:
         heldout = heldout_pairs(shards.table, split.heldout, seed=config.run.seed) if len(split.heldout) else None
         faces = None
         if config.eval.images:
-            faces = open_evaluation_set(config.eval)
+            faces = open_evaluation_set(config)
             for i, name in enumerate(faces.names):
                 decode_face(faces.read(i), config.data, name)
         return cls(config=config, shards=shards, heldout=heldout, faces=faces)
+
+    @property
+    def read_picture(self) -> ReadPicture | None:
+        """What gives a report the pictures of the evaluation set."""
+        return pictures_of(self.faces, self.faces.names) if self.faces else None
 
     def judge(self, backbone: nn.Module, world: World, *, progress: bool = False) -> Judgement:
         """Embed all that is judged over all ranks, and compute the figures on rank 0; every rank must call it.
@@ -123,31 +134,31 @@ class Judge:
             heldout = verify(scores, self.heldout.is_genuine, self.heldout.fold).figures()
         evaluation = None
         if embeddings is not None and self.faces is not None:
-            settings = self.config.eval
-            assert settings.pairs is not None  # EvalConfig checks it
-            evaluation = evaluate(
-                self.faces.names,
-                embeddings,
-                pairs=Path(settings.pairs),
-                open_set_people=None if settings.open_set_people is None else Path(settings.open_set_people),
-                draws=settings.draws,
-                dataset=settings.dataset,
-                seed=self.config.run.seed,
-            )
+            evaluation = evaluate(self.faces.names, embeddings, _request(self.config))
         return Judgement(heldout=heldout, evaluation=evaluation)
 
 
-def open_evaluation_set(config: EvalConfig) -> FaceSource:
+def open_evaluation_set(config: Config) -> FaceSource:
     """Open the images of `eval.images` and check that the lists fit them.
 
     Raises:
         ValueError: An image, a list or a line of it can't be used.
     """
-    faces = open_faces([Path(path) for path in config.images])
-    assert config.pairs is not None  # EvalConfig checks it
-    people = None if config.open_set_people is None else Path(config.open_set_people)
-    check_inputs(faces.names, pairs=Path(config.pairs), open_set_people=people, dataset=config.dataset)
+    faces = open_faces([Path(path) for path in config.eval.images])
+    read_lists(faces.names, _request(config))
     return faces
+
+
+def _request(config: Config) -> Request:
+    settings = config.eval
+    return Request(
+        pairs=Path(settings.pairs) if settings.pairs else None,
+        view1=(Path(settings.view1[0]), Path(settings.view1[1])) if settings.view1 else None,
+        open_set_people=Path(settings.open_set_people) if settings.open_set_people else None,
+        draws=settings.draws,
+        dataset=settings.dataset,
+        seed=config.run.seed,
+    )
 
 
 def embed_faces(
@@ -164,3 +175,27 @@ def embed_faces(
         progress="embed" if progress else None,
     )
     return embeddings.cpu().numpy()
+
+
+def pictures_of(faces: FaceSource, names: Sequence[str]) -> ReadPicture:
+    """Return what gives a report the pictures of an evaluated set.
+
+    Args:
+        faces: Where the pictures are.
+        names: The evaluated images, each of which must be among them; folders and suffixes may differ.
+
+    Raises:
+        ValueError: An image isn't there, or a name isn't one of a person's image, such as `Name_0001`.
+    """
+    row_of = face_set(faces.names).row_of
+    missing = sorted(set(face_set(names).row_of) - set(row_of))
+    if missing:
+        raise ValueError(
+            f"images: {len(missing):,} evaluated images are not among them, such as {image_name(missing[0])}"
+        )
+
+    def read(key: ImageKey) -> bytes:
+        row = row_of[key]
+        return thumbnail(faces.read(row), PICTURE_PX, faces.names[row])
+
+    return read

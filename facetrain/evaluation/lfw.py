@@ -1,25 +1,28 @@
 """Labeled Faces in the Wild: every protocol that can be run on a set of named embeddings, with its counts checked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from facetrain.evaluation import protocols
+from facetrain.evaluation.blufr import BlufrOutcome, blufr_figures, run_blufr
+from facetrain.evaluation.bootstrap import interval, people_figures, resample
+from facetrain.evaluation.conventions import InsightFaceFigures, insightface_figures
+from facetrain.evaluation.distractors import DistractorScores
 from facetrain.evaluation.identification import ClosedSet, Embeddings, OpenSet
-from facetrain.evaluation.inputs import FaceSet, PairList, face_set, read_pairs, read_people, unit_vectors
-from facetrain.evaluation.protocols import CannotRunError, Mask
+from facetrain.evaluation.inputs import FaceSet, PairList, image_name, unit_vectors
+from facetrain.evaluation.lists import LFW_PEOPLE, Lists, Request, read_lists
+from facetrain.evaluation.protocols import CannotRunError
 from facetrain.evaluation.threshold import num_allowed
-from facetrain.evaluation.verification import Verification, verify
+from facetrain.evaluation.verification import Verification, View1, verify, verify_view1
 
 OPEN_SET_FAR = 1e-2
 """The false accept rate of every open-set figure."""
-
-LFW_IMAGES = 13_233
-LFW_PEOPLE = 5_749
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,19 +33,40 @@ class Evaluation:
     """Name of the set, and prefix of its metrics."""
     num_images: int
     num_people: int
+    """0 where a file of pairs doesn't say who is in it."""
     embedding_dim: int
-    verification: Verification
+    verification: Verification | None
+    """None where no list of pairs was given."""
+    pairs: PairList | None
+    """The pairs of verification, in the order of its scores."""
     closed: Mapping[str, tuple[ClosedSet, ...]]
     """By protocol."""
     open: Mapping[str, tuple[OpenSet, ...]]
     """By protocol; those of open-counts are `open-counts/<group of impostors>`."""
     not_run: Mapping[str, str]
     """By protocol: what it needs."""
+    insightface: InsightFaceFigures | None = None
+    """Verification as that code base counts it, where asked for."""
+    view1: View1 | None = None
+    blufr: tuple[BlufrOutcome, ...] = ()
+    """By trial; empty where its trials weren't given."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """By `protocol/figure`: the 95% interval over people, where asked for."""
+    not_aligned: tuple[str, ...] | None = None
+    """Images whose face wasn't found and whose centre was taken instead; None where images came aligned."""
+    distractors: DistractorScores | None = None
+    """The crowd that is in every gallery; None where there is none."""
 
     @property
     def results(self) -> dict[str, Any]:
         """The figures as results.json holds them: protocol -> key -> fraction or count."""
-        results: dict[str, Any] = {"verification": self.verification.figures()}
+        results: dict[str, Any] = {}
+        if self.verification is not None:
+            results["verification"] = self.verification.figures()
+        if self.insightface is not None:
+            results["verification-insightface"] = self.insightface.figures()
+        if self.view1 is not None:
+            results["view1"] = self.view1.figures()
         results |= {name: _closed_figures(draws) for name, draws in self.closed.items()}
         for name, draws in self.open.items():
             protocol, _, group = name.partition("/")
@@ -50,6 +74,15 @@ class Evaluation:
                 results.setdefault(protocol, {"rank1": draws[0].rank1})[group] = _open_figures(draws)
             else:
                 results[protocol] = _averaged([{"rank1": draw.rank1} for draw in draws]) | _open_figures(draws)
+        if self.blufr:
+            results["blufr"] = blufr_figures(self.blufr)
+        for key, bounds in self.intervals.items():
+            *path, figure = key.split("/")
+            reduce(getitem, path, results)[f"{figure}_ci95"] = list(bounds)
+        if self.not_aligned is not None:
+            results["alignment"] = {"images": self.num_images, "not_found": len(self.not_aligned)}
+        if self.distractors:
+            results["distractors"] = self.distractors.figures()
         return results
 
 
@@ -61,7 +94,7 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
         for key, value in figures.items():
             if isinstance(value, Mapping):
                 add(f"{prefix}/{key}", value)
-            else:
+            elif not isinstance(value, list):  # the trials of BLUFR, the ends of an interval
                 flat[f"{prefix}/{key}"] = float(value)
 
     add(evaluation.dataset, evaluation.results)
@@ -71,96 +104,149 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
 def evaluate(
     names: Sequence[str],
     embeddings: NDArray[np.float32],
-    *,
-    pairs: Path,
-    open_set_people: Path | None,
-    draws: int = 1,
-    dataset: str = "lfw",
-    seed: int = 0,
+    request: Request,
+    distractors: DistractorScores | None = None,
 ) -> Evaluation:
     """Run every protocol for which the inputs are there.
 
     Args:
         names: image names such as `Name_0001`; folders and suffix are ignored.
         embeddings: float32 [n, D], not zero.
-        pairs: the verification protocol, a pairs.txt.
-        open_set_people: the people of open-best-rowden, one a line; without it three protocols are not run.
-        draws: 1 holds out the lowest-numbered image in open-best-rowden; R > 1 gives mean and std of R random choices.
-        dataset: `lfw` demands the published counts of LFW; with another name they are whatever they are.
-        seed: seed of the draws.
+        request: the protocols.
+        distractors: how the images score against a crowd, which is then added to every gallery but BLUFR's.
 
     Raises:
         ValueError: inputs that don't fit together, by file and culprit.
     """
-    if draws < 1:
-        raise ValueError(f"draws: expected 1 or more, got {draws}")
-    faces, pair_list, listed = _read_inputs(names, pairs, open_set_people, dataset)
-    embeddings = unit_vectors(faces.names, embeddings)
-    rows_n2 = pair_list.rows(faces)
-    scores = np.einsum("nd,nd->n", embeddings[rows_n2[:, 0]], embeddings[rows_n2[:, 1]])
-    closed, not_run = _closed_protocols(faces, embeddings, listed, is_lfw=dataset == "lfw", seed=seed)
-    opened, open_not_run = _open_protocols(faces, embeddings, listed, draws, seed)
+    lists = read_lists(names, request)
+    faces, embeddings = lists.faces, unit_vectors(lists.faces.names, embeddings)
+    closed, not_run = _closed_protocols(lists, embeddings, request)
+    opened, open_not_run = _open_protocols(lists, embeddings, request)
+    if distractors:
+        closed = {name: tuple(map(distractors.in_closed_set, draws)) for name, draws in closed.items()}
+        opened = {name: tuple(map(distractors.in_open_set, draws)) for name, draws in opened.items()}
+    verification, pair_people, insightface = None, None, None
+    if lists.pairs is None:
+        not_run["verification"] = "needs a list of pairs"
+    else:
+        rows_n2 = lists.pairs.rows(faces)
+        pair_people = faces.person[rows_n2]
+        verification, insightface = _verify(embeddings, rows_n2, lists.pairs, request.convention)
+    intervals = {}
+    if request.bootstrap:
+        figures = people_figures(verification, lists.pairs, pair_people, closed, opened, OPEN_SET_FAR)
+        values = resample(figures, len(faces.people), request.bootstrap, request.seed)
+        intervals = {key: interval(value) for key, value in values.items()}
     return Evaluation(
-        dataset=dataset,
+        dataset=request.dataset,
         num_images=len(faces.person),
         num_people=len(faces.people),
         embedding_dim=embeddings.shape[1],
-        verification=verify(scores, pair_list.is_genuine, pair_list.fold),
+        verification=verification,
+        pairs=lists.pairs,
         closed=closed,
         open=opened,
         not_run=not_run | open_not_run,
+        insightface=insightface,
+        view1=_view1(embeddings, *lists.view1, faces) if lists.view1 else None,
+        blufr=run_blufr(faces, embeddings, lists.blufr) if lists.blufr else (),
+        intervals=intervals,
+        distractors=distractors,
     )
 
 
-def check_inputs(names: Sequence[str], *, pairs: Path, open_set_people: Path | None, dataset: str = "lfw") -> None:
-    """Raise the ValueError that `evaluate` would, as far as names and lists tell it, before anything is embedded."""
-    faces, pair_list, _ = _read_inputs(names, pairs, open_set_people, dataset)
-    pair_list.rows(faces)
+def evaluate_pairs(
+    pairs: PairList,
+    embeddings: NDArray[np.float32],
+    *,
+    dataset: str,
+    convention: Literal["exact", "insightface"] = "exact",
+) -> Evaluation:
+    """Run verification alone, on pairs of images of unknown people.
+
+    Args:
+        pairs: n pairs.
+        embeddings: float32 [2n, D], the two images of each pair in turn.
+        dataset: name of the set.
+        convention: as in `Request`.
+
+    Raises:
+        ValueError: an embedding that is zero or not finite, or pairs that can't be judged.
+    """
+    names = [image_name(key) for pair in pairs.pairs for key in pair]
+    rows_n2 = np.arange(len(names)).reshape(-1, 2)
+    embeddings = unit_vectors(names, embeddings)
+    try:
+        verification, insightface = _verify(embeddings, rows_n2, pairs, convention)
+    except ValueError as error:
+        raise ValueError(f"{pairs.path}: {error}") from None
+    return Evaluation(
+        dataset=dataset,
+        num_images=len(names),
+        num_people=0,
+        embedding_dim=embeddings.shape[1],
+        verification=verification,
+        pairs=pairs,
+        closed={},
+        open={},
+        not_run={},
+        insightface=insightface,
+    )
 
 
-def _read_inputs(
-    names: Sequence[str], pairs: Path, open_set_people: Path | None, dataset: str
-) -> tuple[FaceSet, PairList, Mask | None]:
-    faces = face_set(names)
-    pair_list = read_pairs(pairs)
-    if dataset == "lfw":
-        _check_lfw(faces, pair_list)
-    if open_set_people is None:
-        return faces, pair_list, None
-    listed = read_people(open_set_people, faces)
-    if dataset == "lfw":
-        num_images = int(faces.num_images[listed].sum())
-        counts = {"people": (int(listed.sum()), 596), "images": (num_images, 3739)}
-        _expect(f"{open_set_people}: open-best-rowden", counts)
-    return faces, pair_list, listed
+def _verify(
+    embeddings: Embeddings, rows_n2: NDArray[np.int64], pairs: PairList, convention: str
+) -> tuple[Verification, InsightFaceFigures | None]:
+    a, b = embeddings[rows_n2[:, 0]], embeddings[rows_n2[:, 1]]
+    verification = verify(np.einsum("nd,nd->n", a, b), pairs.is_genuine, pairs.fold)
+    if convention == "exact":
+        return verification, None
+    return verification, insightface_figures(a, b, pairs.is_genuine, pairs.fold)
+
+
+def _view1(embeddings: Embeddings, train: PairList, test: PairList, faces: FaceSet) -> View1:
+    def scores(pairs: PairList) -> NDArray[np.float32]:
+        rows_n2 = pairs.rows(faces)
+        scores_n: NDArray[np.float32] = np.einsum("nd,nd->n", embeddings[rows_n2[:, 0]], embeddings[rows_n2[:, 1]])
+        return scores_n
+
+    return verify_view1(scores(train), train.is_genuine, scores(test), test.is_genuine)
 
 
 def _closed_protocols(
-    faces: FaceSet, embeddings: Embeddings, listed: Mask | None, *, is_lfw: bool, seed: int
+    lists: Lists, embeddings: Embeddings, request: Request
 ) -> tuple[dict[str, tuple[ClosedSet, ...]], dict[str, str]]:
+    faces, listed = lists.faces, lists.listed
     closed: dict[str, tuple[ClosedSet, ...]] = {}
-    not_run = {"closed-best-rowden": "needs list files of its gallery and its probes"}
+    not_run: dict[str, str] = {}
+    if lists.closed is None:
+        not_run["closed-best-rowden"] = "needs list files of its gallery and its probes"
+    else:
+        closed["closed-best-rowden"] = (protocols.closed_set(faces, embeddings, *lists.closed),)
     try:
         closed["closed-full"] = (protocols.closed_full(faces, embeddings),)
     except CannotRunError as reason:
         not_run["closed-full"] = str(reason)
-    if not is_lfw:
+    if request.dataset != "lfw":
         not_run["closed-surrogate"] = f"needs the {LFW_PEOPLE:,} people of LFW"
     elif listed is None:
         not_run["closed-surrogate"] = "needs the list of open-set people"
     else:
-        closed["closed-surrogate"] = protocols.closed_surrogate(faces, embeddings, listed, seed)
+        draws = request.draws if request.draws > 1 else protocols.SURROGATE_DRAWS
+        closed["closed-surrogate"] = protocols.closed_surrogate(faces, embeddings, listed, draws, request.seed)
     return closed, not_run
 
 
 def _open_protocols(
-    faces: FaceSet, embeddings: Embeddings, listed: Mask | None, draws: int, seed: int
+    lists: Lists, embeddings: Embeddings, request: Request
 ) -> tuple[dict[str, tuple[OpenSet, ...]], dict[str, str]]:
+    faces, listed = lists.faces, lists.listed
     outcomes: dict[str, tuple[OpenSet, ...]] = {}
     not_run: dict[str, str] = {}
     if listed is None:
         not_run |= dict.fromkeys(("open-best-rowden", "open-best-rowden-single"), "needs the list of open-set people")
     else:
+        draws, seed = request.draws, request.seed
         outcomes["open-best-rowden"] = protocols.open_best_rowden(faces, embeddings, listed, draws, seed)
         outcomes["open-best-rowden-single"] = (protocols.open_best_rowden_single(faces, embeddings, listed),)
     try:
@@ -201,42 +287,3 @@ def _averaged(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
         values = [draw[key] for draw in draws]
         figures |= {key: float(np.mean(values)), f"{key}_std": float(np.std(values, ddof=1))}
     return figures
-
-
-def _check_lfw(faces: FaceSet, pair_list: PairList) -> None:
-    """Compare the counts with those of LFW, which every published figure rests on."""
-    missing = pair_list.missing(faces)
-    if missing and len(faces.person) < LFW_IMAGES:
-        name, line = missing[0]
-        num_missing = LFW_IMAGES - len(faces.person)
-        raise ValueError(f"lfw: {num_missing:,} of {LFW_IMAGES:,} images are missing, {name} ({line}) for example")
-    by_count = [int(np.count_nonzero(group)) for group in _groups_by_count(faces.num_images)]
-    _expect(
-        "lfw",
-        {
-            "images": (len(faces.person), LFW_IMAGES),
-            "people": (len(faces.people), LFW_PEOPLE),
-            "people with four or more images": (by_count[0], 610),
-            "people with two or three images": (by_count[1], 1070),
-            "people with one image": (by_count[2], 4069),
-        },
-    )
-    images = {key for pair in pair_list.pairs for key in pair}
-    _expect(
-        f"{pair_list.path}: View 2 of LFW",
-        {
-            "folds": (pair_list.num_folds, 10),
-            "genuine pairs in each fold": (pair_list.pairs_per_fold, 300),
-            "distinct images": (len(images), 7701),
-        },
-    )
-
-
-def _groups_by_count(num_images: NDArray[np.int64]) -> tuple[Mask, Mask, Mask]:
-    return num_images >= 4, (num_images == 2) | (num_images == 3), num_images == 1
-
-
-def _expect(what: str, counts: Mapping[str, tuple[int, int]]) -> None:
-    for name, (got, expected) in counts.items():
-        if got != expected:
-            raise ValueError(f"{what}: expected {expected:,} {name}, got {got:,}")

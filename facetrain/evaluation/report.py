@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation: a table on the terminal, results.json and figures in a folder."""
+"""What a person reads of an evaluation: a table on the terminal, and in a folder results.json, figures and a page."""
 
 import json
 import os
@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from facetrain.evaluation.blufr import BlufrOutcome, blufr_figures
+from facetrain.evaluation.conventions import InsightFaceFigures
+from facetrain.evaluation.distractors import DistractorScores
 from facetrain.evaluation.figures import save_figures
+from facetrain.evaluation.html_report import ReadPicture, write_html
 from facetrain.evaluation.identification import ClosedSet, OpenSet
 from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation, evaluate
+from facetrain.evaluation.lists import Request
+from facetrain.evaluation.verification import Verification, View1
 
 FEW_IMPOSTORS = 10
 """A rate whose threshold lets fewer impostors through than this gets a note."""
@@ -21,60 +27,75 @@ FEW_IMPOSTORS = 10
 def evaluate_to_folder(
     names: Sequence[str],
     embeddings: NDArray[np.float32],
-    *,
-    pairs: Path,
-    open_set_people: Path | None,
+    request: Request,
     out: Path,
-    draws: int = 1,
-    dataset: str = "lfw",
-    seed: int = 0,
+    *,
+    distractors: DistractorScores | None = None,
+    subject: str = "",
+    read_picture: ReadPicture | None = None,
 ) -> Evaluation:
-    """Evaluate, print the table, and write `results.json` and `figures/*.png` into the folder `out`.
+    """Evaluate, print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`.
 
-    Arguments and errors are those of `evaluate`.
+    Arguments and errors are those of `evaluate`; `subject` and `read_picture` are those of `write_html`.
     """
-    evaluation = evaluate(
-        names, embeddings, pairs=pairs, open_set_people=open_set_people, draws=draws, dataset=dataset, seed=seed
-    )
-    write_report(evaluation, out)
-    sys.stdout.write(format_table(evaluation))
+    evaluation = evaluate(names, embeddings, request, distractors)
+    report_to_folder(evaluation, out, subject=subject, read_picture=read_picture)
     return evaluation
 
 
-def write_report(evaluation: Evaluation, out: Path) -> None:
-    """Write `results.json` and `figures/*.png` into the folder `out`, made if missing."""
-    save_figures(evaluation, out / "figures")
+def report_to_folder(
+    evaluation: Evaluation, out: Path, *, subject: str = "", read_picture: ReadPicture | None = None
+) -> None:
+    """Print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`."""
+    write_report(evaluation, out, subject=subject, read_picture=read_picture)
     write_results(evaluation.results, out)
+    sys.stdout.write(format_table(evaluation))
 
 
-def write_results(results: Mapping[str, Any], out: Path) -> None:
-    """Write `results.json` into the folder `out`, made if missing; the file is replaced whole or not at all."""
+def write_report(
+    evaluation: Evaluation, out: Path, *, subject: str = "", read_picture: ReadPicture | None = None
+) -> None:
+    """Write `report.html` and `figures/*.png` into the folder `out`, made if missing; see `write_html`."""
+    figures = save_figures(evaluation, out / "figures")
+    write_html(evaluation, out / "report.html", figures=figures, subject=subject, read_picture=read_picture)
+
+
+def write_results(results: Mapping[str, Any], out: Path, name: str = "results.json") -> None:
+    """Write a JSON file into the folder `out`, made if missing; it is replaced whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / f".results.json.{os.getpid()}"
+    unfinished = out / f".{name}.{os.getpid()}"
     unfinished.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(out / "results.json")
+    unfinished.replace(out / name)
 
 
 def format_table(evaluation: Evaluation) -> str:
     """Return the figures as aligned text; every one stands under the name of its protocol."""
-    lines = [
-        f"{evaluation.dataset}: {evaluation.num_images:,} images of {evaluation.num_people:,} people, "
-        f"embeddings {evaluation.embedding_dim} wide",
-        "",
-        *_verification_lines(evaluation),
-        "",
-        *_closed_lines(evaluation),
-        "",
-        *_open_lines(evaluation),
+    people = f" of {evaluation.num_people:,} people" if evaluation.num_people else ""
+    head = f"{evaluation.dataset}: {evaluation.num_images:,} images{people}, embeddings {evaluation.embedding_dim} wide"
+    blocks = [
+        [head, *_alignment_lines(evaluation)],
+        _verification_lines(evaluation.verification) if evaluation.verification else [],
+        _insightface_lines(evaluation.insightface) if evaluation.insightface else [],
+        _view1_lines(evaluation.view1) if evaluation.view1 else [],
+        _closed_lines(evaluation) if evaluation.closed else [],
+        _open_lines(evaluation) if evaluation.open else [],
+        _blufr_lines(evaluation.blufr) if evaluation.blufr else [],
+        _interval_lines(evaluation) if evaluation.intervals else [],
+        [f"distractors: {evaluation.distractors.describe()}"] if evaluation.distractors else [],
+        [f"not run: {name} {needs}" for name, needs in evaluation.not_run.items()],
     ]
-    if evaluation.not_run:
-        lines.append("")
-        lines += [f"not run: {name} {needs}" for name, needs in evaluation.not_run.items()]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines) + "\n"
 
 
-def _verification_lines(evaluation: Evaluation) -> list[str]:
-    outcome = evaluation.verification
+def _alignment_lines(evaluation: Evaluation) -> list[str]:
+    missed = evaluation.not_aligned
+    if missed is None:
+        return []
+    named = f": {', '.join(missed[:3])}{', ...' if len(missed) > 3 else ''}" if missed else ""
+    return [f"  faces not found, centre taken instead: {len(missed)} of {evaluation.num_images:,}{named}"]
+
+
+def _verification_lines(outcome: Verification) -> list[str]:
     spread = f"+- {100 * outcome.se:.2f} standard error (population std {100 * outcome.std:.2f})"
     lines = [
         f"verification, {len(outcome.fold_accuracies)} folds",
@@ -90,12 +111,28 @@ def _verification_lines(evaluation: Evaluation) -> list[str]:
     return [*lines, f"  EER            {_percent(outcome.eer)}", f"  AUC            {outcome.auc:.5f}"]
 
 
+def _insightface_lines(figures: InsightFaceFigures) -> list[str]:
+    return [
+        "verification as InsightFace prints it: squared distances on a grid, population std",
+        f"  Accuracy-Flip  {figures.accuracy:.5f}+-{figures.std:.5f}",
+        f"  VAL@FAR=1e-3   {figures.vr:.5f}+-{figures.vr_std:.5f} at FAR {figures.far:.5f}",
+    ]
+
+
+def _view1_lines(outcome: View1) -> list[str]:
+    figures = outcome.figures()
+    return [
+        f"view 1, {outcome.num_pairs:,} pairs, threshold {outcome.threshold:.4f} from its training list",
+        f"  accuracy       {_percent(outcome.accuracy)} +- {100 * figures['se']:.2f} standard error",
+    ]
+
+
 def _closed_lines(evaluation: Evaluation) -> list[str]:
     rows = [["closed-set identification", "gallery", "probes", "rank-1", "rank-5", ""]]
     for name, draws in evaluation.closed.items():
         rank_rates = [_mean_std([draw.rank_rate(rank) for draw in draws]) for rank in (1, 5)]
         rows.append([f"  {name}", f"{draws[0].gallery:,}", f"{len(draws[0].ranks):,}", *rank_rates, _draws(draws)])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _open_lines(evaluation: Evaluation) -> list[str]:
@@ -132,10 +169,42 @@ def _open_lines(evaluation: Evaluation) -> list[str]:
     note = (
         "DIR is of rank 1, SE its binomial standard error; tied: impostor scores that equal the threshold (1: no tie)"
     )
-    return [*_aligned(rows), f"  {note}"]
+    return [*aligned(rows), f"  {note}"]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _blufr_lines(outcomes: Sequence[BlufrOutcome]) -> list[str]:
+    summary = blufr_figures(outcomes)
+    head = [
+        "blufr",
+        "VR@FAR=0.1%",
+        f"DIR@FAR={OPEN_SET_FAR:.0%}",
+        "rank-1",
+        "genuine pairs",
+        "impostor pairs",
+        "genuine",
+    ]
+    rows = [[*head, "impostors"]]
+    for number, outcome in enumerate(outcomes, start=1):
+        counts = (
+            outcome.verification.num_genuine,
+            outcome.verification.point.num_impostors,
+            len(outcome.identification.ranks),
+            len(outcome.identification.impostor_scores),
+        )
+        figures = [_percent(figure["trials"][number - 1]) for figure in summary.values()]
+        rows.append([f"  trial {number}", *figures, *(f"{count:,}" for count in counts)])
+    for name, key in (("mean", "mean"), ("std", "std"), ("mean - std", "mean_minus_std")):
+        rows.append([f"  {name}", *(_percent(figure[key]) for figure in summary.values()), *[""] * 4])
+    return [*aligned(rows), "  DIR is of rank 1; genuine and impostors are probes, as many as the trial has"]
+
+
+def _interval_lines(evaluation: Evaluation) -> list[str]:
+    rows = [["95% intervals over people (bootstrap)", "from", "to"]]
+    rows += [[f"  {key}", _percent(low), _percent(high)] for key, (low, high) in evaluation.intervals.items()]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines, the first column to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [

@@ -44,11 +44,46 @@ class Verification:
     auc: float
     """The area under the ROC."""
     roc: Roc
+    scores: NDArray[np.float64]
+    """[n], the score of each pair, in the order in which the pairs were given."""
+    is_genuine: NDArray[np.bool_]
+    """[n], whether a pair shows one person."""
+
+    def right(self, fold: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which pairs are judged rightly at the threshold of their fold, given the fold of each, from 0."""
+        right: NDArray[np.bool_] = (self.scores >= self.fold_thresholds[fold]) == self.is_genuine
+        return right
 
     def figures(self) -> dict[str, float]:
         """Return the figures by their metric keys; a VR whose FAR can't be resolved has no key."""
         rates = {f"vr_at_far_{name}": rate.value for name, rate in self.vr_at_far.items()}
         return {"accuracy": self.accuracy, "se": self.se, "std": self.std, **rates, "eer": self.eer, "auc": self.auc}
+
+
+@dataclass(frozen=True)
+class View1:
+    """The outcome of LFW's View 1, which is there to choose models by. Rates are fractions in [0, 1]."""
+
+    accuracy: float
+    """On the test list."""
+    threshold: float
+    """Of highest accuracy on the training list."""
+    num_pairs: int
+    """Of the test list."""
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures by their metric keys; the standard error is binomial."""
+        se = math.sqrt(self.accuracy * (1.0 - self.accuracy) / self.num_pairs)
+        return {"accuracy": self.accuracy, "se": se, "threshold": self.threshold, "pairs": self.num_pairs}
+
+
+def verify_view1(
+    train_scores: FloatArray, train_genuine: NDArray[np.bool_], test_scores: FloatArray, test_genuine: NDArray[np.bool_]
+) -> View1:
+    """Choose the threshold on one list of pairs and measure the accuracy on another."""
+    threshold = best_threshold(train_scores, train_genuine)
+    right = (np.asarray(test_scores, dtype=np.float64) >= threshold) == test_genuine
+    return View1(accuracy=float(right.mean()), threshold=threshold, num_pairs=len(right))
 
 
 def verify(scores: FloatArray, is_genuine: ArrayLike, fold: ArrayLike) -> Verification:
@@ -88,6 +123,8 @@ def verify(scores: FloatArray, is_genuine: ArrayLike, fold: ArrayLike) -> Verifi
         eer=equal_error_rate(roc),
         auc=area_under_curve(genuine, impostor),
         roc=roc,
+        scores=scores,
+        is_genuine=genuine_n,
     )
 
 

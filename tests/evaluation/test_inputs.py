@@ -7,6 +7,7 @@ from face_lists import tied_set, write_pairs
 from facetrain.evaluation.inputs import face_set, load_embeddings_npz, read_pairs, read_people, unit_vectors
 
 GOOD_PAIRS = ["2\t1", "A\t1\t2", "A\t1\tB\t1", "B\t1\t2", "B\t2\tA\t2"]
+RAGGED = np.array([np.ones(2), np.ones(3)], dtype=object)
 NAMES = ["A_0001", "A_0002", "B_0001", "B_0002", "C_0001"]
 
 
@@ -141,6 +142,7 @@ def test_npz_in_float16_becomes_float32(tmp_path: Path) -> None:
         ({"names": np.array(["A"]), "embeddings": np.eye(2)}, r"expected 'embeddings' to be floats \[1, D\]"),
         ({"names": np.array(["A"]), "embeddings": np.eye(1, dtype=int)}, r"floats \[1, D\], one row a name, got int64"),
         ({"names": np.array(["A"], dtype=object), "embeddings": np.eye(1)}, "not a readable .npz file"),
+        ({"names": np.array(["A", "B"]), "embeddings": RAGGED}, "rows whose widths differ"),
     ],
 )
 def test_an_npz_of_other_arrays_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:

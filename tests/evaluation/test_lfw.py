@@ -9,8 +9,9 @@ import pytest
 from face_lists import tied_set, write_pairs
 from numpy.typing import NDArray
 
-from facetrain.evaluation.inputs import load_embeddings_npz, read_pairs
-from facetrain.evaluation.lfw import check_inputs, evaluate, metrics
+from facetrain.evaluation.inputs import face_set, load_embeddings_npz, read_pairs, unit_vectors
+from facetrain.evaluation.lfw import evaluate, metrics
+from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.report import evaluate_to_folder
 
 Images = dict[str, list[NDArray[np.float32]]]
@@ -57,7 +58,7 @@ def test_every_protocol_equals_plain_loops(tmp_path: Path, seed: int) -> None:
     (tmp_path / "people.txt").write_text("\n".join(sorted(known)))
     pairs = write_pairs(tmp_path / "pairs.txt", names)
     people = tmp_path / "people.txt"
-    results = evaluate(names, embeddings, pairs=pairs, open_set_people=people, dataset="drawn").results
+    results = evaluate(names, embeddings, Request(pairs=pairs, open_set_people=people, dataset="drawn")).results
 
     ranks = [
         brute_search({name: faces[:1] for name, faces in images.items()}, probe, person)[0]
@@ -89,7 +90,7 @@ def test_every_protocol_equals_plain_loops(tmp_path: Path, seed: int) -> None:
 def test_what_cannot_run_says_what_it_needs(tmp_path: Path) -> None:
     names, embeddings = tied_set(0)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
-    evaluation = evaluate(names, embeddings, pairs=pairs, open_set_people=None, dataset="drawn")
+    evaluation = evaluate(names, embeddings, Request(pairs=pairs, dataset="drawn"))
     assert list(evaluation.results) == ["verification", "closed-full"]
     assert dict(evaluation.not_run) == {
         "closed-best-rowden": "needs list files of its gallery and its probes",
@@ -106,7 +107,7 @@ def test_a_set_of_single_images_still_verifies(tmp_path: Path) -> None:
     names = [f"P{person}_{number:04d}" for person in range(2) for number in range(2)]
     (tmp_path / "pairs.txt").write_text("2\t1\nP0\t0\t1\nP0\t0\tP1\t0\nP1\t0\t1\nP0\t1\tP1\t1\n")
     embeddings = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], dtype=np.float32)
-    evaluation = evaluate(names, embeddings, pairs=tmp_path / "pairs.txt", open_set_people=None, dataset="two")
+    evaluation = evaluate(names, embeddings, Request(pairs=tmp_path / "pairs.txt", dataset="two"))
     assert evaluation.results["closed-full"] == {"rank1": 1.0, "rank5": 1.0, "gallery": 2, "probes": 2}
     assert evaluation.not_run["open-counts"] == "needs people with enough images for a gallery and a genuine probe"
 
@@ -115,7 +116,7 @@ def test_a_collapsed_model_identifies_nobody(tmp_path: Path) -> None:
     names, _ = tied_set(0, num_people=120)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
     collapsed = np.repeat(np.random.default_rng(0).standard_normal((1, 37)), len(names), axis=0).astype(np.float32)
-    results = evaluate(names, collapsed, pairs=pairs, open_set_people=None, dataset="drawn").results
+    results = evaluate(names, collapsed, Request(pairs=pairs, dataset="drawn")).results
     assert results["verification"]["accuracy"] == 0.5
     assert results["closed-full"]["rank1"] == 0.0
     assert results["open-counts"]["rank1"] == 0.0
@@ -133,11 +134,7 @@ def test_draws_give_means_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
         evaluation = evaluate(
             [names[i] for i in order],
             embeddings[order],
-            pairs=pairs,
-            open_set_people=people,
-            draws=5,
-            dataset="drawn",
-            seed=seed,
+            Request(pairs=pairs, open_set_people=people, draws=5, dataset="drawn", seed=seed),
         )
         figures: dict[str, float] = evaluation.results["open-best-rowden"]
         draws = [draw.rank1 for draw in evaluation.open["open-best-rowden"]]
@@ -156,13 +153,13 @@ def test_draws_give_means_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
 def test_inputs_are_checked_before_anything_is_embedded(tmp_path: Path) -> None:
     names, _ = tied_set(0)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
-    check_inputs(names, pairs=pairs, open_set_people=None, dataset="drawn")
+    read_lists(names, Request(pairs=pairs, dataset="drawn"))
     with pytest.raises(ValueError, match="lfw: expected 13,233 images, got 84"):
-        check_inputs(names, pairs=pairs, open_set_people=None)
+        read_lists(names, Request(pairs=pairs))
     with pytest.raises(ValueError, match="is not in the set"):
-        check_inputs(names[:20], pairs=pairs, open_set_people=None, dataset="drawn")
+        read_lists(names[:20], Request(pairs=pairs, dataset="drawn"))
     with pytest.raises(ValueError, match="draws: expected 1 or more, got 0"):
-        evaluate(names, np.ones((84, 2)), pairs=pairs, open_set_people=None, draws=0)
+        Request(pairs=pairs, draws=0)
 
 
 @pytest.fixture
@@ -207,7 +204,7 @@ def test_lfw_gives_the_published_counts_and_the_figures_of_a_strong_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names, embeddings, lists = lfw
-    evaluation = evaluate_to_folder(names, embeddings, **lists, out=tmp_path / "out")
+    evaluation = evaluate_to_folder(names, embeddings, Request(**lists), tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results == evaluation.results
     check_schema(results)
@@ -231,20 +228,44 @@ def test_lfw_that_is_not_whole_is_refused(
     names, _, lists = lfw
     without = [name for name in names if Path(name).stem != "Akhmed_Zakayev_0003"]
     with pytest.raises(ValueError, match=r"1 of 13,233 images are missing, Akhmed_Zakayev_0003 \(.*pairs\.txt:3\)"):
-        check_inputs(without, **lists)
+        read_lists(without, Request(**lists))
     with pytest.raises(ValueError, match=r"lfw: expected 13,233 images, got 13,234"):
-        check_inputs([*names, "Nobody_0001"], **lists)
+        read_lists([*names, "Nobody_0001"], Request(**lists))
     renamed = [name.replace("AJ_Cook", "A_J_Cook_Jr") for name in names]
-    check_inputs(renamed, **lists)
+    read_lists(renamed, Request(**lists))
     merged = [name.replace("AJ_Lamas_0001", "AJ_Cook_0002") for name in names]
     with pytest.raises(ValueError, match=r"lfw: expected 5,749 people, got 5,748"):
-        check_inputs(merged, **lists)
+        read_lists(merged, Request(**lists))
     people = lists["open_set_people"].read_text().split()
     (tmp_path / "people.txt").write_text("\n".join(people[1:]))
     with pytest.raises(ValueError, match=r"people\.txt: open-best-rowden: expected 596 people, got 595"):
-        check_inputs(names, **{**lists, "open_set_people": tmp_path / "people.txt"})
+        read_lists(names, Request(**{**lists, "open_set_people": tmp_path / "people.txt"}))
     lines = lists["pairs"].read_text().splitlines()
     (tmp_path / "pairs.txt").write_text("\n".join(["5\t300", *lines[1:3001]]))
     assert len(read_pairs(tmp_path / "pairs.txt").pairs) == 3000
     with pytest.raises(ValueError, match=r"View 2 of LFW: expected 10 folds, got 5"):
-        check_inputs(names, **{**lists, "pairs": tmp_path / "pairs.txt"})
+        read_lists(names, Request(**{**lists, "pairs": tmp_path / "pairs.txt"}))
+
+
+def test_the_surrogate_is_the_mean_and_std_of_its_galleries(
+    lfw: tuple[tuple[str, ...], NDArray[np.float32], dict[str, Any]],
+) -> None:
+    names, embeddings, lists = lfw
+    evaluation = evaluate(names, embeddings, Request(**lists, draws=3, seed=5))
+    draws = evaluation.closed["closed-surrogate"]
+    faces, unit = face_set(names), unit_vectors(names, embeddings)
+    listed = np.isin(faces.people, lists["open_set_people"].read_text().split())
+    rates = []
+    for number, draw in enumerate(draws):
+        others = np.random.default_rng([5, number]).choice(np.flatnonzero(~listed), 4249 - 596, replace=False)
+        enrolled = listed | np.isin(np.arange(5749), others)
+        gallery = (faces.place == 0) & enrolled[faces.person]
+        probes = (faces.place > 0) & listed[faces.person]
+        scores, own = unit[probes] @ unit[gallery].T, faces.person[probes, None] == faces.person[gallery]
+        beaten_by = ((scores >= scores[own][:, None] - 1e-6) & ~own).sum(axis=1)
+        # The matrix product here may round otherwise: what is nearly a tie may go either way.
+        assert np.mean(draw.ranks == 1 + beaten_by) > 0.999
+        rates.append(draw.rank_rate(1))
+    figures = evaluation.results["closed-surrogate"]
+    assert (figures["rank1"], figures["rank1_std"]) == (np.mean(rates), np.std(rates, ddof=1))
+    assert figures["draws"] == evaluation.results["open-best-rowden"]["draws"] == 3

@@ -6,6 +6,7 @@ import pytest
 from face_lists import tied_set, write_pairs
 
 from facetrain.evaluation.lfw import Evaluation, evaluate
+from facetrain.evaluation.lists import Request
 from facetrain.evaluation.report import evaluate_to_folder, format_table, write_results
 
 PNG = b"\x89PNG\r\n"
@@ -16,16 +17,16 @@ def drawn_evaluation(folder: Path, *, num_people: int = 120, draws: int = 1) -> 
     pairs = write_pairs(folder / "pairs.txt", names, per_fold=30)
     people = folder / "people.txt"
     people.write_text("\n".join(f"Person_{person}" for person in range(num_people // 3) if person % 6))
-    return evaluate_to_folder(
-        names, embeddings, pairs=pairs, open_set_people=people, out=folder / "out", draws=draws, dataset="drawn"
-    )
+    request = Request(pairs=pairs, open_set_people=people, draws=draws, dataset="drawn")
+    return evaluate_to_folder(names, embeddings, request, folder / "out")
 
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_folder_holds_results_and_figures(tmp_path: Path, draws: int) -> None:
     evaluation = drawn_evaluation(tmp_path, draws=draws)
     written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-    assert written == ["figures/cmc.png", "figures/dir_over_far.png", "figures/roc.png", "results.json"]
+    figures = [f"figures/{name}.png" for name in ("cmc", "det", "dir_over_far", "open_scores", "roc", "scores")]
+    assert written == [*figures, "report.html", "results.json"]
     assert all(file.read_bytes().startswith(PNG) for file in (tmp_path / "out" / "figures").iterdir())
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == evaluation.results
 
@@ -33,8 +34,8 @@ def test_folder_holds_results_and_figures(tmp_path: Path, draws: int) -> None:
 def test_a_protocol_that_was_not_run_has_no_figure(tmp_path: Path) -> None:
     names, embeddings = tied_set(0)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
-    evaluate_to_folder(names, embeddings, pairs=pairs, open_set_people=None, out=tmp_path, dataset="drawn")
-    assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["cmc.png", "roc.png"]
+    evaluate_to_folder(names, embeddings, Request(pairs=pairs, dataset="drawn"), tmp_path)
+    assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == ["cmc", "det", "roc", "scores"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -42,7 +43,7 @@ def test_a_collapsed_model_can_be_drawn(tmp_path: Path) -> None:
     names, _ = tied_set(0, num_people=120)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
     same = np.ones((len(names), 2), dtype=np.float32)
-    evaluate_to_folder(names, same, pairs=pairs, open_set_people=None, out=tmp_path, dataset="drawn")
+    evaluate_to_folder(names, same, Request(pairs=pairs, dataset="drawn"), tmp_path)
     assert (tmp_path / "figures" / "dir_over_far.png").read_bytes().startswith(PNG)
 
 
@@ -88,5 +89,5 @@ def test_evaluating_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
-    evaluate(names, embeddings, pairs=pairs, open_set_people=None, dataset="drawn")
+    evaluate(names, embeddings, Request(pairs=pairs, dataset="drawn"))
     assert not list(empty.iterdir())

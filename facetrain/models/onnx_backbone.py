@@ -1,0 +1,87 @@
+"""Networks from anywhere as ONNX files. Sole importer of onnxruntime, which is optional."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class OnnxInput:
+    """What the pixels of an ONNX network's input look like: (pixel - mean) / std, channels in this order."""
+
+    mean: float = 127.5
+    """In [0, 255]."""
+    std: float = 127.5
+    """In [0, 255], more than 0."""
+    colour: Literal["rgb", "bgr"] = "rgb"
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if not self.std > 0:
+            raise ValueError(f"onnx std: expected more than 0, got {self.std}")
+
+
+class OnnxBackbone(nn.Module):
+    """A backbone that onnxruntime runs, on the CPU or, where that build has it, on CUDA."""
+
+    def __init__(self, file: Path, pixels: OnnxInput) -> None:
+        """Open the file.
+
+        Raises:
+            ValueError: not an ONNX network of one input [B, C, H, H], C = 1 or 3; onnxruntime isn't installed.
+            FileNotFoundError: there is no such file.
+        """
+        super().__init__()
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such ONNX file")
+        self._session = _open(file)
+        inputs = self._session.get_inputs()
+        shape = inputs[0].shape
+        square = len(shape) == 4 and shape[2] == shape[3] and isinstance(shape[2], int)
+        if len(inputs) != 1 or not square or shape[1] not in (1, 3):
+            raise ValueError(
+                f"{file}: expected one input [B, 1 or 3, H, H] of fixed H, got {[i.shape for i in inputs]}"
+            )
+        self._file, self._input, self._pixels = file, inputs[0].name, pixels
+        self._batch = shape[0] if isinstance(shape[0], int) else None
+        self.channels: int = shape[1]
+        self.image_px: int = shape[2]
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Embed a batch as `network_input` makes it, in [-1, 1]; float32 [B, D] on the device of the images."""
+        pixels = (images_BCHW.float() * 127.5 + (127.5 - self._pixels.mean)) / self._pixels.std
+        if self._pixels.colour == "bgr":
+            pixels = pixels.flip(1)
+        blocks = pixels.cpu().contiguous().split(self._batch or len(pixels))
+        embeddings_BD = torch.cat([self._run(block) for block in blocks])
+        return embeddings_BD.to(images_BCHW.device, torch.float32)
+
+    def _run(self, block_bCHW: Tensor) -> Tensor:
+        """Embed as many images as the network takes at once, or fewer."""
+        num_images = len(block_bCHW)
+        if self._batch is not None:  # a network of a fixed batch takes no fewer
+            block_bCHW = F.pad(block_bCHW, (0,) * 7 + (self._batch - num_images,))
+        output = self._session.run(None, {self._input: block_bCHW.numpy()})[0]
+        if output.ndim != 2 or len(output) < num_images:
+            raise ValueError(f"{self._file}: expected embeddings [B, D] as its first output, got {list(output.shape)}")
+        return torch.from_numpy(output)[:num_images]
+
+
+def _open(file: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError(f"{file}: an ONNX file needs onnxruntime: pip install 'facetrain[onnx]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are raised as well
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        raise ValueError(f"{file}: not a readable ONNX network: {' '.join(str(error).split())}") from None

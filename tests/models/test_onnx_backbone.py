@@ -1,0 +1,83 @@
+"""ONNX files against the torch network that they were made from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from facetrain.batch import network_input
+from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+def write_onnx(file: Path, *, batch: int | str = "n", channels: int = 3, px: int | str = 8, dim: int = 5) -> nn.Linear:
+    """Write a network that flattens its input and multiplies it; return the same as a layer."""
+    torch.manual_seed(0)
+    layer = nn.Linear(channels * int(px if px != "h" else 8) ** 2, dim)
+    tensor, helper = onnx.TensorProto.FLOAT, onnx.helper
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["image"], ["flat"]),
+            helper.make_node("Gemm", ["flat", "weight", "bias"], ["embedding"], transB=1),
+        ],
+        "net",
+        [helper.make_tensor_value_info("image", tensor, [batch, channels, px, px])],
+        [helper.make_tensor_value_info("embedding", tensor, [batch, dim])],
+        [
+            onnx.numpy_helper.from_array(layer.weight.detach().numpy(), "weight"),
+            onnx.numpy_helper.from_array(layer.bias.detach().numpy(), "bias"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    file.write_bytes(model.SerializeToString())
+    return layer
+
+
+def pixels(num_images: int, channels: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (num_images, 8, 8, channels), dtype=torch.uint8, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("batch", ["n", 1, 4])
+@torch.no_grad()
+def test_embeddings_are_those_of_the_network(tmp_path: Path, batch: int | str) -> None:
+    layer = write_onnx(tmp_path / "n.onnx", batch=batch)
+    backbone = OnnxBackbone(tmp_path / "n.onnx", OnnxInput())
+    assert (backbone.channels, backbone.image_px) == (3, 8)
+    images = network_input(pixels(6))
+    torch.testing.assert_close(backbone(images), layer(images.flatten(1)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pixels_are_what_the_network_was_made_for(tmp_path: Path) -> None:
+    layer = write_onnx(tmp_path / "n.onnx")
+    images = pixels(3)
+    backbone = OnnxBackbone(tmp_path / "n.onnx", OnnxInput(mean=100, std=50, colour="bgr"))
+    expected = layer((images.flip(3).permute(0, 3, 1, 2).float() - 100).div(50).flatten(1))
+    torch.testing.assert_close(backbone(network_input(images)), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_grey_networks_have_one_channel(tmp_path: Path) -> None:
+    layer = write_onnx(tmp_path / "n.onnx", channels=1)
+    backbone = OnnxBackbone(tmp_path / "n.onnx", OnnxInput())
+    assert backbone.channels == 1
+    images = network_input(pixels(2, 1))
+    torch.testing.assert_close(backbone(images), layer(images.flatten(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("not a network")
+    with pytest.raises(ValueError, match=r"text\.onnx: not a readable ONNX network: ") as caught:
+        OnnxBackbone(tmp_path / "text.onnx", OnnxInput())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        OnnxBackbone(tmp_path / "nowhere.onnx", OnnxInput())
+    for options in ({"channels": 4}, {"px": "h"}):
+        write_onnx(tmp_path / "odd.onnx", **options)
+        with pytest.raises(ValueError, match=r"odd\.onnx: expected one input \[B, 1 or 3, H, H\] of fixed H"):
+            OnnxBackbone(tmp_path / "odd.onnx", OnnxInput())
+    with pytest.raises(ValueError, match="std: expected more than 0, got 0"):
+        OnnxInput(std=0)
