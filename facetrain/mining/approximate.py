@@ -85,26 +85,25 @@ def _own_rows(
     table: EmbeddingTable, rows_F: NDArray[np.int64], index: ClusteredIndex, num_neighbours: int, probes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Search for the classes that this rank owns: neighbours [r, K], their scores, own scores [r], anchors' norms."""
-    device = table.world.device
-    neighbours = [torch.empty(0, num_neighbours, dtype=torch.int32, device=device)]
-    scores = [torch.empty(0, num_neighbours, device=device)]
-    own, norms = [torch.empty(0, device=device)], [torch.empty(0, device=device)]
+    first, end = np.searchsorted(rows_F, (table.rows.start, table.rows.stop)).tolist()
+    neighbours_rK = torch.empty(end - first, num_neighbours, dtype=torch.int32, device=table.world.device)
+    scores_rK = torch.empty(end - first, num_neighbours, device=table.world.device)
+    own_r, norms_r = torch.empty_like(scores_rK[:, 0]), torch.empty_like(scores_rK[:, 0])
     for owner, piece in table.blocks(rows_F):
         if owner != table.world.rank:
             continue
         anchors_qD, positives_qD = table.own(rows_F[piece])
-        self_q1 = torch.arange(piece.start, piece.stop, device=device)[:, None]
+        self_q1 = torch.arange(piece.start, piece.stop, device=anchors_qD.device)[:, None]
         score_qK, found_qK = index.top_k(anchors_qD, num_neighbours + 1, probes=probes)
         # The class itself goes, and so does the last where it wasn't found.
-        score_qK, order_qK = score_qK.masked_fill((found_qK == self_q1) | (found_qK < 0), -torch.inf).sort(
-            dim=1, descending=True
-        )
-        found_qK = found_qK.gather(1, order_qK).masked_fill(score_qK.isneginf(), -1)
-        neighbours.append(found_qK[:, :num_neighbours].int())
-        scores.append(score_qK[:, :num_neighbours])
-        own.append((anchors_qD * positives_qD).sum(dim=1))
-        norms.append(torch.linalg.vector_norm(anchors_qD, dim=1))
-    return torch.cat(neighbours), torch.cat(scores), torch.cat(own), torch.cat(norms)
+        score_qK.masked_fill_((found_qK == self_q1) | (found_qK < 0), -torch.inf)
+        score_qK, order_qK = score_qK.sort(dim=1, descending=True)
+        found_qK = found_qK.gather(1, order_qK).masked_fill_(score_qK.isneginf(), -1)
+        here = slice(piece.start - first, piece.stop - first)
+        neighbours_rK[here], scores_rK[here] = found_qK[:, :num_neighbours], score_qK[:, :num_neighbours]
+        own_r[here] = (anchors_qD * positives_qD).sum(dim=1)
+        norms_r[here] = torch.linalg.vector_norm(anchors_qD, dim=1)
+    return neighbours_rK, scores_rK, own_r, norms_r
 
 
 class _Truth:
