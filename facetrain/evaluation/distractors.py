@@ -84,10 +84,10 @@ class DistractorScores:
         return {"count": self.count, **self.recall}
 
     def describe(self) -> str:
-        """Return what a reader of the figures has to know, in a sentence."""
+        """Return what a reader of the figures has to know."""
         found = ", ".join(f"{key.replace('_', ' ')} {share:.4f}" for key, share in self.recall.items())
         how = f"approximate search: {found} against exact search" if self.recall else "exact search"
-        return f"every gallery is enlarged by {self.count:,} distractors, each a person of their own ({how})"
+        return f"every gallery but BLUFR's holds {self.count:,} more people, one image each ({how})"
 
     def in_closed_set(self, outcome: ClosedSet) -> ClosedSet:
         """Return a closed-set outcome as it is with the crowd in the gallery."""

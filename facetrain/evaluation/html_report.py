@@ -103,13 +103,16 @@ def _head(evaluation: Evaluation, subject: str) -> list[Html]:
     if outcome:
         accuracy = percent([outcome.accuracy], outcome.se)
         tiles.append(_tile("verification accuracy", accuracy, "mean and standard error of the folds"))
+    crowd = f", {evaluation.distractors.count:,} distractors" if evaluation.distractors else ""
     for name in PUBLISHED_CLOSED_SET:
         if name in evaluation.closed:
-            tiles.append(_tile("rank-1", percent([draw.rank_rate(1) for draw in evaluation.closed[name]]), name))
+            tiles.append(
+                _tile("rank-1", percent([draw.rank_rate(1) for draw in evaluation.closed[name]]), name + crowd)
+            )
             break
     for name, draws in evaluation.open.items():
         rates = [draw.dir_at_far(OPEN_SET_FAR) for draw in draws]
-        tiles.append(_tile(DIR_NAME, percent([rate.value for rate in rates], rates[0].se), name))
+        tiles.append(_tile(DIR_NAME, percent([rate.value for rate in rates], rates[0].se), name + crowd))
         break
     return [
         text(f"Face evaluation: {evaluation.dataset}", "h1"),

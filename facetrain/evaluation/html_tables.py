@@ -131,6 +131,8 @@ def published_table(evaluation: Evaluation) -> list[Html]:
     """Return this evaluation beside published ones; they are of LFW, so that other sets have none."""
     if evaluation.dataset != "lfw":
         return [text(f"None: published figures are of LFW, and this set is {evaluation.dataset}.")]
+    if evaluation.distractors:
+        return [text("None: published galleries hold no distractors.")]
     closed = next((name for name in PUBLISHED_CLOSED_SET if name in evaluation.closed), None)
     own = [
         Html('<span class="this">this evaluation</span>'),

@@ -1,5 +1,6 @@
 """A crowd in the gallery equals that many more people in it, block by block, on any number of ranks."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from distributed.ranks import run_ranks
 from face_lists import tied_set, write_pairs
 from numpy.typing import NDArray
 
+from facetrain.cli import main
 from facetrain.evaluation import distractors
 from facetrain.evaluation.distractors import RANKS_KEPT, DistractorScores, open_crowd, search_crowd
 from facetrain.evaluation.inputs import unit_vectors
@@ -167,3 +169,16 @@ def test_a_distractor_that_is_no_direction_is_named(tmp_path: Path, bad: float) 
     vectors[77] = bad
     with pytest.raises(ValueError, match=r"for row 77 of .*crowd\.npy"):
         search_crowd(unit(0, 3), open_crowd([crowd_file(tmp_path, vectors)]), World())
+
+
+def test_the_command_enlarges_every_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names, embeddings = tied_set(0, num_people=60)
+    np.savez(tmp_path / "e.npz", names=np.array(names), embeddings=embeddings)
+    crowd = crowd_file(tmp_path, corners(1, 20))
+    words = ("lfw", "--embeddings", tmp_path / "e.npz", "--dataset", "drawn", "--out", tmp_path, "--device", "cpu")
+    main([str(word) for word in (*words, "--distractors", crowd)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["distractors"] == {"count": 20}
+    assert results["closed-full"]["gallery"] == 80
+    assert "every gallery but BLUFR's holds 20 more people" in capsys.readouterr().out
+    assert "holds 20 more people" in (tmp_path / "report.html").read_text().replace("&#x27;", "'")
