@@ -86,7 +86,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
             },
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             2,
             {
                 "mining__mode": "table",
@@ -95,6 +95,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
                 "data__workers": 0,
                 "model__norm": "none",
             },
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd", "two-ranks-table"],
@@ -237,6 +238,7 @@ def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_pa
     assert_user_error(facetrain("train", *words, "--run.resume", "never"), "run.resume=never")
 
 
+@pytest.mark.slow
 def test_two_ranks_start_in_a_fresh_folder_and_go_on_with_other_workers(synthetic, tmp_path):
     more = {"mining__mode": "off", "tracking__backend": "mlflow", "train__steps": 2, "train__save_every_steps": 1}
     words = flags(synthetic, tmp_path / "run", **more)

@@ -40,7 +40,7 @@ def losses_and_gradients(world):
     return outcomes
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 4, *(pytest.param(w, marks=pytest.mark.slow) for w in (3, 8))])
 def test_any_number_of_ranks_gives_the_loss_and_gradients_of_one(world_size):
     expected = losses_and_gradients(World())
     by_rank = run_ranks(losses_and_gradients, world_size)
