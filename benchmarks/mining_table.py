@@ -25,6 +25,8 @@ from facetrain.mining.greedy import greedy_classes
 from facetrain.mining.table import mine_table_round
 from facetrain.world import World
 
+_GROUP = 100
+"""Look-alikes of a group, on average."""
 _STEP = 1 << 16
 """Classes that are observed at a time, as by a training step of so many pairs."""
 
@@ -46,7 +48,7 @@ def main() -> None:
         args.classes, args.width, args.pairs, args.subset = 20_000, 64, 256, 5_000
     torch.set_num_threads(1)  # as in training with one process per core; FAISS goes by OMP_NUM_THREADS
 
-    table, seconds_per_step = filled_table(args.classes, args.width)
+    table, groups, seconds_per_step = filled_table(args.classes, args.width)
     figures = {"classes": args.classes, "width": args.width, "pairs": args.pairs, "observe_s": seconds_per_step}
     config = MiningConfig(
         mode="table",
@@ -64,33 +66,35 @@ def main() -> None:
         "round_cpu_s": time.process_time() - cpu_started_at,  # of all threads; less sensitive to what else runs
         "peak_gib": peak_gib(),
     }
-    figures |= compare_with_exact(table, args.subset, min(args.pairs, args.subset // 4), config)
+    rows = np.flatnonzero(groups < args.subset // _GROUP)
+    figures |= compare_with_exact(table, rows, min(args.pairs, args.subset // 4), config)
     for key, value in figures.items():
         print(f"{key:24} {value:12.4g}")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
-def filled_table(num_classes: int, width: int) -> tuple[EmbeddingTable, float]:
-    """Return a table in which every class is fresh, and the seconds that a step's worth of classes took to observe."""
+def filled_table(num_classes: int, width: int) -> tuple[EmbeddingTable, np.ndarray, float]:
+    """Return a table in which every class is fresh, each class's group, and the seconds to observe a step's worth."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(num_classes // 100, width, generator=generator)
+    centres = torch.randn(num_classes // _GROUP, width, generator=generator)
+    groups = torch.randint(len(centres), (num_classes,), generator=generator)
     labels = torch.arange(num_classes)
     table, seconds = EmbeddingTable(labels.numpy(), dtype=torch.bfloat16, world=World()), []
     for some in labels.split(_STEP):
-        group = torch.randint(len(centres), some.shape, generator=generator)
-        person = centres[group] + torch.randn(len(some), width, generator=generator)
+        person = centres[groups[some]] + torch.randn(len(some), width, generator=generator)
         views = person + 0.7 * torch.randn(2, len(some), width, generator=generator)
         views *= 5 / views.norm(dim=2, keepdim=True)  # about as long as the penalty of the N-pair loss leaves them
         observed_at = time.perf_counter()
         table.observe(1 << 20, some, views)
         seconds.append(time.perf_counter() - observed_at)
-    return table, float(np.median(seconds))
+    return table, groups.numpy(), float(np.median(seconds))
 
 
-def compare_with_exact(table: EmbeddingTable, num: int, num_pairs: int, config: MiningConfig) -> dict[str, float]:
-    """Mine one batch of the first classes exactly and by the approximate graph; return both mean violations."""
-    rows = np.arange(num)
+def compare_with_exact(
+    table: EmbeddingTable, rows: np.ndarray, num_pairs: int, config: MiningConfig
+) -> dict[str, float]:
+    """Mine one batch of some classes, whole groups, exactly and by an approximate graph of them alone."""
     graph, recall = approximate_graph(
         table,
         rows,
@@ -102,7 +106,7 @@ def compare_with_exact(table: EmbeddingTable, num: int, num_pairs: int, config: 
     approximate = best_first_classes(graph, num_pairs, np.random.default_rng(0), extend=None)
     exact = greedy_classes(*table.own(rows), num_pairs, np.random.default_rng(0))
     return {
-        "subset_classes": num,
+        "subset_classes": len(rows),
         "subset_pairs": num_pairs,
         "subset_recall": recall,
         "subset_fillers": approximate.fillers,

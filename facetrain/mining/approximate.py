@@ -37,8 +37,9 @@ def approximate_graph(
     measured on 128 classes. Each rank searches for the classes whose rows it owns, block by block, so that queries
     come in the same blocks, and give the same scores, at any number of ranks.
 
-    Over all ranks: the positives (`EmbeddingTable.positive_blocks`), of which every rank makes an index, 2 F D bytes on
-    the host; then an all-gather of the graph, 8 F K bytes, after which every rank has the whole graph on the host.
+    Over all ranks: the positives (`EmbeddingTable.positive_blocks`), of which every rank makes an index, some 4 F D
+    bytes on the host, half of them reserve of lists that grow; then an all-gather of the graph, 8 F K bytes, after
+    which every rank has the whole graph on the host.
 
     Args:
         table: Owns the embeddings.
