@@ -93,7 +93,7 @@ def counted(collectives) -> Counter[tuple[str, int]]:
     return calls
 
 
-@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(W, marks=pytest.mark.slow) for W in (4, 8))])
 def test_the_bytes_of_a_steps_collectives_are_the_estimates(world_size: int) -> None:
     configs = ENGINES | LOSSES
     for by_name in run_ranks(traffic_of_steps, world_size, configs, timeout_s=240):
@@ -154,7 +154,7 @@ def traffic_of_a_round(world, config):
     return [call for call in traffic.calls if call[1] > 0]  # capped pairs, of which there are none
 
 
-@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(W, marks=pytest.mark.slow) for W in (4, 8))])
 def test_the_bytes_of_a_mining_rounds_collectives_are_the_estimates(world_size: int) -> None:
     for by_name in run_ranks(traffic_of_rounds, world_size):
         for name, calls in by_name.items():
