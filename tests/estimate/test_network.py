@@ -144,11 +144,12 @@ for symmetric in (False, True):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_peak_memory_of_the_loss_is_within_a_quarter_of_what_is_measured() -> None:
+def test_peak_memory_of_the_loss_is_what_is_measured_but_for_the_buffers_of_blas() -> None:
     pairs = 8192
     command = [sys.executable, "-c", PEAK_OF_THE_LOSS, str(pairs)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for symmetric, measured in zip((False, True), done.stdout.split(), strict=True):
         loss = LossConfig(symmetric=symmetric)
         found = measure_loss(loss, pairs=pairs, global_pairs=pairs, embedding_dim=128)
-        assert int(measured) == pytest.approx(found.peak_bytes, rel=0.25)  # kernels have temporaries of their own
+        # BLAS packs what it multiplies: 31 to 36 MiB more were seen, whatever the tiles are.
+        assert 0.95 * found.peak_bytes < int(measured) < 1.05 * found.peak_bytes + (48 << 20)
