@@ -111,7 +111,7 @@ class LossConfig:
     """A number: cosines divided by it take the place of inner products; null: embeddings aren't normalised."""
     reduce_precision: Literal["float32", "bfloat16"] = "float32"
     """In which gradients of gathered embeddings are summed over ranks; bfloat16: half the bytes, 0.05% error."""
-    tile_bytes: int = 1 << 26
+    tile_bytes: int = 1 << 25
     """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows, twice a step."""
 
     def __post_init__(self) -> None:

@@ -72,32 +72,34 @@ class NPairLoss:
         config = self.config
         with torch.autocast(anchors_nD.device.type, enabled=False):
             anchors_nD, positives_nD = _at_least_float32(anchors_nD), _at_least_float32(positives_nD)
-            squared_norm = (anchors_nD.square().sum() + positives_nD.square().sum()) / (2 * len(anchors_nD))
+            squared_norm = (_SquaredSum.apply(anchors_nD) + _SquaredSum.apply(positives_nD)) / (2 * len(anchors_nD))
             # Over all ranks; each ends with all N negatives and labels, in rank order.
             gather = gather or self.start_gather(anchors_nD if config.name == "tuplet" else positives_nD)
             labels_N, negatives_ND = self.world.all_gather(labels_n), gather.finish()
             if config.temperature is not None:
                 anchors_nD = F.normalize(anchors_nD) / config.temperature
                 positives_nD, negatives_ND = F.normalize(positives_nD), F.normalize(negatives_ND)
-            terms_n = self._terms(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N)
-            npair = terms_n.sum() / len(terms_n)
-            total = npair + config.l2_weight * squared_norm
+            npair = self._sum(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N) / len(anchors_nD)
+            total = npair + config.l2_weight * squared_norm if config.l2_weight else npair
         return LossValue(total=total, npair=npair.detach(), squared_norm=squared_norm.detach())
 
-    def _terms(
+    def _sum(
         self, anchors_nD: Tensor, positives_nD: Tensor, negatives_ND: Tensor, labels_n: Tensor, labels_N: Tensor
     ) -> Tensor:
-        """Return the loss of each local pair, [n]."""
+        """Return the sum of the local pairs' losses."""
         tile_bytes = self.config.tile_bytes
         if self.config.name == "npair-ovo":
-            return npair_ovo_rows(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N, tile_bytes)
+            return npair_ovo_rows(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N, tile_bytes).sum()
+        if self.config.name == "tuplet":
+            return npair_mc_rows(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N, tile_bytes).sum()
         if not self.config.symmetric:
-            return npair_mc_rows(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N, tile_bytes)
+            first = self.world.rank * len(anchors_nD)
+            return _SumOfRows.apply(anchors_nD, negatives_ND, labels_n, labels_N, first, tile_bytes)  # type: ignore[no-any-return]
         rows_n, columns_n = _NegativesOfRowsAndColumns.apply(
             anchors_nD, negatives_ND, labels_n, labels_N, tile_bytes, self.world
         )
         own_n = _own_scores(anchors_nD, positives_nD)
-        return -0.5 * (F.logsigmoid(own_n - rows_n) + F.logsigmoid(own_n - columns_n))
+        return -0.5 * (F.logsigmoid(own_n - rows_n) + F.logsigmoid(own_n - columns_n)).sum()
 
 
 def npair_mc_rows(
@@ -169,6 +171,73 @@ class _NegativesLogsumexp(torch.autograd.Function):
             return logits_tN.sub_(shifts_n[tile, None]).exp_().mul_(grad_n[tile, None])
 
         return *_gradients(inputs, ctx.tile_bytes, grad_of_logits), None, None, None
+
+
+class _SumOfRows(torch.autograd.Function):
+    """The sum of `npair_mc_rows` where the own positive p_i is row `first` + i of the gathered embeddings.
+
+    All tensors are local. The gradient is made beside the value, since it is known but for a factor: of the logits of a
+    row it is sigmoid(loss's argument) times softmax for the negatives, and minus that sigmoid for the own positive. So
+    there are three products instead of the four of computing a tile again in backward, all logits are made in one tile
+    that is overwritten step by step, and nothing but the two gradients waits for backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors_nD: Tensor,
+        negatives_ND: Tensor,
+        labels_n: Tensor,
+        labels_N: Tensor,
+        first: int,
+        tile_bytes: int,
+    ) -> Tensor:
+        with_gradient = any(ctx.needs_input_grad)
+        rows = max(1, tile_bytes // (len(negatives_ND) * anchors_nD.element_size()))
+        buffer_tN = anchors_nD.new_empty(min(rows, len(anchors_nD)), len(negatives_ND))
+        grads = (torch.empty_like(anchors_nD), torch.empty_like(negatives_ND)) if with_gradient else ()
+        limits, losses = torch.finfo(anchors_nD.dtype), []
+        for start in range(0, len(anchors_nD), rows):
+            tile = slice(start, start + rows)
+            anchors_tD = anchors_nD[tile]
+            logits_tN = torch.mm(anchors_tD, negatives_ND.T, out=buffer_tN[: len(anchors_tD)])
+            own_t = logits_tN.diagonal(first + start)[: len(anchors_tD)]  # a view: the own positives' logits
+            own_scores_t = own_t.clone()
+            logits_tN.masked_fill_(labels_n[tile, None] == labels_N, -torch.inf)
+            # Where a row has no negatives its maximum is -inf, its sum 0, its loss and its gradient 0.
+            maxima_t1 = logits_tN.amax(dim=1, keepdim=True).clamp_min_(limits.min)
+            sums_t = logits_tN.sub_(maxima_t1).exp_().sum(dim=1)
+            margins_t = own_scores_t.sub_(maxima_t1[:, 0]).sub_(sums_t.log())
+            losses.append(F.logsigmoid(margins_t))
+            if grads:
+                pull_t = margins_t.neg_().sigmoid_()
+                grad_tN = logits_tN.mul_((pull_t / sums_t.clamp_min_(limits.tiny))[:, None])
+                own_t.copy_(pull_t).neg_()
+                torch.mm(grad_tN, negatives_ND, out=grads[0][tile])
+                grads[1].addmm_(grad_tN.T, anchors_tD, beta=0 if start == 0 else 1)
+        ctx.grads = grads
+        return -torch.cat(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        grad_anchors_nD, grad_negatives_ND = ctx.grads
+        return grad_anchors_nD * grad, grad_negatives_ND * grad, None, None, None, None
+
+
+class _SquaredSum(torch.autograd.Function):
+    """The sum of squares, without a temporary as large as the tensor in forward, with one in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.dot(x.reshape(-1), x.reshape(-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * (2 * grad)
 
 
 class _OneVsOne(torch.autograd.Function):
