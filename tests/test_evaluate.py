@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         config = Config(data=data, model=ModelConfig(name="casianet", embedding_dim=16, norm="none"))
         torch.manual_seed(seed)
         backbone = build_backbone(config.model, channels=config.data.channels, image_px=px)
-        save_weights(backbone, config, folder)
+        save_weights(dict(backbone.state_dict()), config, folder)
         folders.append(folder)
     return folders[0], folders[1]
 

@@ -133,6 +133,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(synthetic,
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_ranks_without_batch_statistics_train_the_same_network(synthetic, tmp_path):
     more = {"model__norm": "none", "train__steps": 6, "mining__mode": "off", "data__workers": 0}
     more |= {
@@ -230,6 +231,7 @@ def test_a_gradient_that_is_not_finite_ends_all_ranks_and_names_the_batch(synthe
     assert [folder.name for folder in saved[-1:]] == [f"step-{record['step'] - 1:08d}"]
 
 
+@pytest.mark.slow
 def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_path):
     words = flags(synthetic, tmp_path / "run", train__steps=0)
     assert facetrain("train", *words).returncode == 0
@@ -249,6 +251,7 @@ def test_two_ranks_start_in_a_fresh_folder_and_go_on_with_other_workers(syntheti
     assert "MLflow failed" not in output
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_another_rank_alone_is_said_by_it(synthetic, tmp_path):
     """Rank 1 reads the second half of the images, one of which is no image any more."""
     faces = tmp_path / "faces"

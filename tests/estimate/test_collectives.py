@@ -101,6 +101,7 @@ def test_the_bytes_of_a_steps_collectives_are_the_estimates(world_size: int) -> 
             assert Counter(calls) == estimated(configs[name], world_size), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_pairs", [None, 4])
 def test_bytes_at_zero_3_are_about_the_estimates(micro_pairs: int | None) -> None:
     config = config_of(zero_stage=3, micro_pairs=micro_pairs)
