@@ -231,7 +231,8 @@ class _SquaredSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.dot(x.reshape(-1), x.reshape(-1))
+        total: Tensor = torch.dot(x.reshape(-1), x.reshape(-1))
+        return total
 
     @staticmethod
     @once_differentiable
