@@ -231,13 +231,12 @@ class _SquaredSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        total: Tensor = torch.dot(x.reshape(-1), x.reshape(-1))
-        return total
+        return torch.dot(x.reshape(-1), x.reshape(-1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return x * (2 * grad)
 
 
