@@ -79,6 +79,7 @@ def resume(world, folder):
     return final
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_at_any_zero_stage_on_one_or_two(tmp_path):
     expected = run_ranks(save_and_go_on, 2, tmp_path)[0]
     for world_size in (1, 2):
