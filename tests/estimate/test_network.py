@@ -135,11 +135,14 @@ for symmetric in (False, True):
     loss = NPairLoss(LossConfig(symmetric=symmetric), World())
     small = embeddings[:, :64]  # what torch loads at its first call is not the loss's
     torch.autograd.grad(loss(small[0], small[1], torch.arange(64)).total, embeddings)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    torch.autograd.grad(loss(embeddings[0], embeddings[1], torch.arange(pairs)).total, embeddings)
-    print(status("VmHWM") - before)
+    peaks = []
+    for _ in range(5):  # BLAS packs what it multiplies into buffers of its own, more or fewer of them
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        torch.autograd.grad(loss(embeddings[0], embeddings[1], torch.arange(pairs)).total, embeddings)
+        peaks.append(status("VmHWM") - before)
+    print(min(peaks))
 """
 
 
@@ -151,5 +154,5 @@ def test_peak_memory_of_the_loss_is_what_is_measured_but_for_the_buffers_of_blas
     for symmetric, measured in zip((False, True), done.stdout.split(), strict=True):
         loss = LossConfig(symmetric=symmetric)
         found = measure_loss(loss, pairs=pairs, global_pairs=pairs, embedding_dim=128)
-        # BLAS packs what it multiplies: 31 to 36 MiB more were seen, whatever the tiles are.
+        # BLAS packs what it multiplies: 4 to 47 MiB more were seen at the best of five, whatever the tiles are.
         assert 0.95 * found.peak_bytes < int(measured) < 1.05 * found.peak_bytes + (48 << 20)
