@@ -17,7 +17,7 @@ from torch import Tensor
 
 from facetrain.config import MiningConfig
 from facetrain.data.index import ClassTable
-from facetrain.losses.npair import npair_mc_rows
+from facetrain.losses.logit_tiles import one_vs_all, sum_of_rows
 from facetrain.mining.lists import mean_overlap
 from facetrain.world import World
 
@@ -138,7 +138,7 @@ def npair_loss(embeddings_VCD: Tensor, rows: NDArray[np.int64]) -> float:
     """Return the mean N-pair loss of some classes among themselves."""
     rows_N = torch.from_numpy(rows).to(embeddings_VCD.device)
     anchors_ND, positives_ND = embeddings_VCD[0, rows_N], embeddings_VCD[-1, rows_N]
-    return float(npair_mc_rows(anchors_ND, positives_ND, positives_ND, rows_N, rows_N).mean())
+    return float(sum_of_rows(one_vs_all, anchors_ND, positives_ND, rows_N, rows_N)) / len(rows_N)
 
 
 def list_stats(batches: Sequence[MinedBatch], lists_BN: NDArray[np.int64]) -> dict[str, float]:

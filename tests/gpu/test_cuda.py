@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import facetrain
 
-from facetrain.losses.npair import npair_mc_rows
+from facetrain.losses.logit_tiles import one_vs_all, sum_of_rows
 from facetrain.mining.greedy import greedy_classes
 
 pytestmark = pytest.mark.gpu
@@ -31,8 +31,8 @@ def test_loss_and_gradient_on_the_device_equal_the_cpus():
 
     def outcome(device):
         a, p = (x.to(device).requires_grad_() for x in (anchors, positives))
-        losses = npair_mc_rows(a, p, p, labels.to(device), labels.to(device), tile_bytes=4096)
-        return [x.cpu() for x in (losses.detach(), *torch.autograd.grad(losses.sum(), (a, p)))]
+        loss = sum_of_rows(one_vs_all, a, p, labels.to(device), labels.to(device), tile_bytes=4096)
+        return [x.cpu() for x in (loss.detach(), *torch.autograd.grad(loss, (a, p)))]
 
     for got, expected in zip(outcome("cuda"), outcome("cpu"), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

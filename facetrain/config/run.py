@@ -1,0 +1,40 @@
+"""Sections `run` and `tracking`: where a run lives, and where its figures go."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from facetrain.config.bounds import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    dir: str = "runs/facetrain"
+    """The run folder: config, metrics, weights, checkpoints, figures."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue an unfinished run of the same config; never: refuse a folder in use; must: refuse a fresh one."""
+    seed: int = 0
+    """Seed of weights, plan, augmentation and mining."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective whose peer is gone fails."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        at_least("run.seed", self.seed, 0)
+        if self.timeout_s <= 0:
+            raise ValueError(f"run.timeout_s: expected more than 0 seconds, got {self.timeout_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl in the run folder."""
+
+    backend: Literal["mlflow", "none"] = "mlflow"
+    """mlflow writes to MLFLOW_TRACKING_URI, or to sqlite:///mlflow.db where that is unset."""
+    experiment: str = "facetrain"
+    """MLflow experiment."""
+    run_name: str | None = None
+    """MLflow run name; null takes the name of the run folder."""

@@ -1,0 +1,72 @@
+"""The whole of a run's settings, and what concerns two sections."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from facetrain.config.data import DataConfig
+from facetrain.config.eval import EvalConfig
+from facetrain.config.loss import LossConfig
+from facetrain.config.mining import MiningConfig
+from facetrain.config.model import ModelConfig
+from facetrain.config.run import RunConfig, TrackingConfig
+from facetrain.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns two sections."""
+        if self.train.overlap:
+            self._check_overlap()
+        row_bytes = 4 * self.train.global_pairs
+        if self.loss.tile_bytes < row_bytes:
+            raise ValueError(
+                f"loss.tile_bytes: expected at least the {row_bytes} bytes of a row of train.global_pairs ="
+                f" {self.train.global_pairs} scores, got {self.loss.tile_bytes}"
+            )
+        if self.mining.mode in ("gathered", "quota") and self.mining.candidates < self.train.global_pairs:
+            raise ValueError(
+                f"mining.candidates: expected at least train.global_pairs = {self.train.global_pairs} classes to"
+                f" choose from, got {self.mining.candidates}"
+            )
+        if self.mining.mode == "quota" and self.train.global_pairs % self.mining.virtual_nodes:
+            raise ValueError(
+                f"mining.virtual_nodes: expected a divisor of train.global_pairs = {self.train.global_pairs}, got"
+                f" {self.mining.virtual_nodes}"
+            )
+        ahead = self.data.workers * self.data.prefetch
+        if self.mining.mode != "off" and self.mining.lag_steps < ahead:
+            raise ValueError(
+                f"mining.lag_steps: expected at least data.workers * data.prefetch = {ahead}, so that no batch is"
+                f" read before it is mined, got {self.mining.lag_steps}"
+            )
+
+    def _check_overlap(self) -> None:
+        if self.model.norm == "batch" or self.model.name.startswith("torchvision:"):
+            raise ValueError(
+                f"train.overlap: anchors and positives would have batch statistics of their own; expected model.norm"
+                f" group or none, got '{self.model.norm}' with '{self.model.name}'"
+            )
+        if self.train.micro_pairs is not None:
+            raise ValueError(f"train.overlap: goes with train.micro_pairs null, got {self.train.micro_pairs}")
+        if self.loss.name == "tuplet":
+            raise ValueError("train.overlap: goes with loss.name npair-mc or npair-ovo, got 'tuplet'")
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting under its dotted key."""
+        return {
+            f"{section.name}.{key.name}": getattr(getattr(self, section.name), key.name)
+            for section in fields(self)
+            for key in fields(getattr(self, section.name))
+        }
