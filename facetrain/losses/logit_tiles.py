@@ -1,7 +1,7 @@
 """Losses over the n x N logits of a rank, which never exist whole: they are made in tiles of rows.
 
 Dims: n local rows, N columns (the rows of all ranks), t rows of a tile, D embedding width. All tensors are local. The
-logits <f_i, g_j> of one identity are -inf: pairs with one label are no negatives of each other.
+logits <f_i, g_j> of one identity are masked: pairs with one label are no negatives of each other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,8 @@ from facetrain.config import LossConfig
 from facetrain.world import World
 
 RowLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From logits [t, N] and own scores [t]: the rows' losses, and their derivatives by the own score, negated. What it
-leaves in the place of the logits are the derivatives by them."""
+"""From logits [t, N], the lowest number where masked, and own scores [t]: the rows' losses, and their derivatives by the
+own score, negated. What it leaves in the place of the logits are the derivatives by them."""
 
 
 def one_vs_all(logits_tN: Tensor, own_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,12 +27,11 @@ def one_vs_all(logits_tN: Tensor, own_t: Tensor) -> tuple[Tensor, Tensor]:
     cross-entropy the attracting gradient p_ii - 1 cancels once the loss is small (it is lost below about 1e-7 in
     float32), and written as in the formula the exponential overflows. A row without negatives has loss 0, gradient 0.
     """
-    limits = torch.finfo(logits_tN.dtype)
-    maxima_t1 = logits_tN.amax(dim=1, keepdim=True).clamp_min_(limits.min)  # -inf in a row without negatives
-    sums_t = logits_tN.sub_(maxima_t1).exp_().sum(dim=1)
-    margins_t = own_t.sub(maxima_t1[:, 0]).sub_(sums_t.log())
+    maxima_t = logits_tN.amax(dim=1)
+    softmax_tN = torch.softmax(logits_tN, dim=1, out=logits_tN)  # uniform in a row without negatives; its pull is 0
+    margins_t = own_t.sub(maxima_t).add_(softmax_tN.amax(dim=1).log_())  # the largest is exp(0) over the row's sum
     pull_t = margins_t.neg().sigmoid_()
-    logits_tN.mul_((pull_t / sums_t.clamp_min_(limits.tiny))[:, None])
+    softmax_tN.mul_(pull_t[:, None])
     return -F.logsigmoid(margins_t), pull_t
 
 
@@ -99,7 +98,7 @@ class _SumOfRows(torch.autograd.Function):
             logits_tN = torch.mm(anchors_tD, negatives_ND.T, out=buffer_tN[: len(anchors_tD)])
             diagonal_t = logits_tN.diagonal(first + start)[: len(anchors_tD)]  # a view: the own positives' logits
             own_t = diagonal_t.clone() if own_n is None else own_n[tile]
-            logits_tN.masked_fill_(labels_n[tile, None] == labels_N, -torch.inf)
+            logits_tN.masked_fill_(labels_n[tile, None] == labels_N, torch.finfo(logits_tN.dtype).min)
             losses_t, pull_t = row_loss(logits_tN, own_t)
             losses.append(losses_t)
             if with_gradient:
