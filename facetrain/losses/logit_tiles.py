@@ -16,8 +16,8 @@ from facetrain.config import LossConfig
 from facetrain.world import World
 
 RowLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From logits [t, N], the lowest number where masked, and own scores [t]: the rows' losses, and their derivatives by the
-own score, negated. What it leaves in the place of the logits are the derivatives by them."""
+"""From logits [t, N], the lowest number where masked, and own scores [t]: the rows' losses, and their derivatives by
+the own score, negated. What it leaves in the place of the logits are the derivatives by them."""
 
 
 def one_vs_all(logits_tN: Tensor, own_t: Tensor) -> tuple[Tensor, Tensor]:
