@@ -184,3 +184,9 @@ def _one_line(error: Exception) -> str:
     if "'off'" in message and message.endswith("Got value: False"):
         message += " (YAML reads a bare off as False: quote it)"
     return re.sub(r"Group '(\S+)' does not accept option '(\S+)'", r"unknown key '\1.\2'", message)
+
+
+def say(text: str) -> None:
+    """Print a line on stdout: once, however many ranks there are."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(text + "\n")

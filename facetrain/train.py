@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +26,14 @@ from facetrain.checkpoint import (
 from facetrain.command_line import config_yaml, parse_config, run_command
 from facetrain.config import Config
 from facetrain.data.loader import PairLoader
-from facetrain.data.plan import Plan, count_draws, pairs_per_rank
-from facetrain.data.shards import ShardSet
-from facetrain.data.split import IdentitySplit, split_identities
+from facetrain.data.plan import count_draws, pairs_per_rank
 from facetrain.engine import Engine, learning_rate_at
-from facetrain.evaluation.judge import Judge, Judgement
+from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
+from facetrain.inputs import Inputs, open_inputs
 from facetrain.losses.npair import NPairLoss
 from facetrain.mining.miner import Miner
-from facetrain.mining.mode import check_mode
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
@@ -45,16 +42,6 @@ from facetrain.tracking import Tracker
 from facetrain.world import World, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything a run reads, opened and checked before the process group starts."""
-
-    shards: ShardSet
-    split: IdentitySplit
-    plan: Plan
-    judge: Judge
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,35 +63,6 @@ def train(config: Config) -> None:
             log.info(f"{folder.path} is finished: results are in {folder.path / 'results.json'}")
             return
         Run(config, inputs, folder, world).go()
-
-
-def open_inputs(config: Config, *, world_size: int) -> Inputs:
-    """Open and check what a run of `world_size` processes would read; no process group is needed.
-
-    Raises:
-        ValueError: Something can't be used; the message names the file or key.
-    """
-    pairs_here = pairs_per_rank(config.train.global_pairs, world_size)
-    if config.train.micro_pairs is not None and pairs_here % config.train.micro_pairs:
-        raise ValueError(
-            f"train.micro_pairs: expected a divisor of the {pairs_here} pairs of a process (train.global_pairs /"
-            f" {world_size} processes), got {config.train.micro_pairs}"
-        )
-    shards = ShardSet.open(Path(config.data.shards))
-    if shards.manifest.image_px != config.data.shard_px:
-        raise ValueError(
-            f"data.shard_px: {config.data.shards} holds images of {shards.manifest.image_px} px,"
-            f" got {config.data.shard_px}"
-        )
-    split = split_identities(
-        shards.table, holdout=config.data.holdout_identities, exclude=config.data.exclude, seed=config.run.seed
-    )
-    plan = Plan(shards.table, split.train, global_pairs=config.train.global_pairs, seed=config.run.seed)
-    check_mode(config, num_identities=len(split.train), world_size=world_size)
-    backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
-    if config.model.init_from is not None:
-        init_weights_from(backbone, Path(config.model.init_from))
-    return Inputs(shards=shards, split=split, plan=plan, judge=Judge.open(config, shards, split))
 
 
 class Run:

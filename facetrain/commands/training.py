@@ -1,0 +1,56 @@
+"""Commands of a run: train, check, estimate."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from facetrain.command_line import parse_config, parse_config_and_flags, say
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train a face embedding in one process."""
+    config = parse_config(argv, prog="facetrain train")
+    from facetrain.train import train
+
+    train(config)
+
+
+def check(argv: Sequence[str]) -> None:
+    """Check a run's config and everything it would read."""
+    config = parse_config(argv, prog="facetrain check")
+    from facetrain.inputs import open_inputs
+    from facetrain.run_folder import open_run_folder
+
+    inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    open_run_folder(config)
+    say(f"ok: {inputs.split.describe()}; {inputs.plan.steps_per_epoch} steps an epoch")
+
+
+def estimate(argv: Sequence[str]) -> None:
+    """Estimate memory, traffic and images/s on a cluster."""
+    from facetrain.estimate.cluster import Cluster
+
+    speeds = fields(Cluster)
+
+    def add_flags(parser: Any) -> None:
+        for key in speeds:
+            flag = "--" + key.name.replace("_", "-")
+            parser.add_argument(flag, type=key.type, default=key.default, help=key.metadata["help"])
+        parser.add_argument("--identities", type=int, default=10_575, help="identities trained on, for mining")
+        parser.add_argument("--json", type=str, help="file for everything that was estimated")
+
+    config, args = parse_config_and_flags(
+        argv, "facetrain estimate", "Estimate what a run takes on a cluster; no GPU is needed", add_flags
+    )
+    cluster = Cluster(**{key.name: args[key.name] for key in speeds})
+    from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
+    from facetrain.estimate.report import estimate_record, format_estimate
+
+    found = estimate(config, cluster, identities=args.identities)
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(estimate_record(config, found), indent=1) + "\n")
+    fitting = None if found.fits else largest_fitting_micro_pairs(config, cluster, identities=args.identities)
+    say(format_estimate(config, found, fitting_micro_pairs=fitting))

@@ -1,0 +1,52 @@
+"""Everything a run reads, opened and checked before it starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from facetrain.checkpoint import init_weights_from
+from facetrain.config import Config
+from facetrain.data.plan import Plan, pairs_per_rank
+from facetrain.data.shards import ShardSet
+from facetrain.data.split import IdentitySplit, split_identities
+from facetrain.evaluation.judge import Judge
+from facetrain.mining.mode import check_mode
+from facetrain.models import build_backbone
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads, opened and checked before the process group starts."""
+
+    shards: ShardSet
+    split: IdentitySplit
+    plan: Plan
+    judge: Judge
+
+
+def open_inputs(config: Config, *, world_size: int) -> Inputs:
+    """Open and check what a run of `world_size` processes would read; no process group is needed.
+
+    Raises:
+        ValueError: Something can't be used; the message names the file or key.
+    """
+    pairs_here = pairs_per_rank(config.train.global_pairs, world_size)
+    if config.train.micro_pairs is not None and pairs_here % config.train.micro_pairs:
+        raise ValueError(
+            f"train.micro_pairs: expected a divisor of the {pairs_here} pairs of a process (train.global_pairs /"
+            f" {world_size} processes), got {config.train.micro_pairs}"
+        )
+    shards = ShardSet.open(Path(config.data.shards))
+    if shards.manifest.image_px != config.data.shard_px:
+        raise ValueError(
+            f"data.shard_px: {config.data.shards} holds images of {shards.manifest.image_px} px,"
+            f" got {config.data.shard_px}"
+        )
+    split = split_identities(
+        shards.table, holdout=config.data.holdout_identities, exclude=config.data.exclude, seed=config.run.seed
+    )
+    plan = Plan(shards.table, split.train, global_pairs=config.train.global_pairs, seed=config.run.seed)
+    check_mode(config, num_identities=len(split.train), world_size=world_size)
+    backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
+    if config.model.init_from is not None:
+        init_weights_from(backbone, Path(config.model.init_from))
+    return Inputs(shards=shards, split=split, plan=plan, judge=Judge.open(config, shards, split))
