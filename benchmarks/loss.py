@@ -6,12 +6,15 @@
 Row-wise: ours against plain cross-entropy on full logits and pytorch-metric-learning's NPairsLoss. Both ways: ours with
 `loss.symmetric` against open_clip's ClipLoss. Each loss runs in a process of its own under a memory limit; a loss that
 exceeds it is out of memory. The losses take turns, so that a machine's other load meets all of them; times are medians.
+Memory is that of a process of its own, whose malloc and BLAS keep nothing for later: what they keep otherwise, 4 to 60
+MiB here, differs from run to run.
 """
 
 import argparse
 import ctypes
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -25,6 +28,7 @@ WIDTH = 512
 NORM = 4.0
 TURNS = {320: 41, 4096: 7, 8192: 5, 16384: 3, 32768: 1}
 QUICK_TURNS = {320: 21, 1024: 7, 2048: 3}
+KEEP_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MKL_DISABLE_FAST_MM": "1"}
 ROW_WISE = ("facetrain", "full logits", "pytorch-metric-learning")
 BOTH_WAYS = ("facetrain symmetric", "open_clip ClipLoss")
 
@@ -52,11 +56,26 @@ def main() -> None:
 
 
 def measure(names: tuple[str, ...], pairs: int, turns: int, device: str) -> list[dict[str, Any]]:
-    """Return time, memory and value of each loss at N pairs; they take turns, one process each.
+    """Return time, memory and value of each loss at N pairs.
 
     Raises:
         ValueError: Two losses of the same formula differ by more than rounding.
     """
+    os.environ.update(KEEP_NOTHING)  # read by the processes when they start
+    sizes = {record["loss"]: record for record in take_turns(names, pairs, 1, device)}
+    for key in KEEP_NOTHING:
+        del os.environ[key]
+    records = take_turns(names, pairs, turns, device)
+    for record in records:
+        record["peak_bytes"] = sizes[record["loss"]].get("peak_bytes")
+    values = [record["value"] for record in records if "value" in record]
+    if max(values) - min(values) > 1e-4 * abs(values[0]):
+        raise ValueError(f"N = {pairs}: expected equal losses of {', '.join(names)}, got {values}")
+    return records
+
+
+def take_turns(names: tuple[str, ...], pairs: int, turns: int, device: str) -> list[dict[str, Any]]:
+    """Return what the losses answer, one process each, one turn after the other; seconds of every turn."""
     context = multiprocessing.get_context("spawn")
     records, pipes, processes = [], {}, []
     for name in names:
@@ -75,9 +94,6 @@ def measure(names: tuple[str, ...], pairs: int, turns: int, device: str) -> list
     for process in processes:
         process.kill()
         process.join()
-    values = [record["value"] for record in records if "value" in record]
-    if max(values) - min(values) > 1e-4 * abs(values[0]):
-        raise ValueError(f"N = {pairs}: expected equal losses of {', '.join(names)}, got {values}")
     return records
 
 
@@ -210,7 +226,7 @@ def format_row(record: dict[str, Any], family: list[dict[str, Any]], records: li
     if not record["seconds"]:
         return head + f"{record['error']:>12}"
     full = next(r for r in records if r["loss"] == "full logits" and r["pairs"] == record["pairs"])
-    share = f"{record['peak_bytes'] / full['peak_bytes']:.3f}" if "peak_bytes" in full else "-"
+    share = f"{record['peak_bytes'] / full['peak_bytes']:.3f}" if full["peak_bytes"] else "-"
     times = seconds_of(record), min(seconds_of(other) for other in family)
     return (
         head + f"{1e3 * times[0]:>12,.2f}{times[0] / times[1]:>11.2f}{record['peak_bytes'] / 2**20:>11,.1f}{share:>15}"
