@@ -1,7 +1,6 @@
 """Similarity search: exact, with products in full float32, block by block, so that memory stays bounded.
 
-And approximate, among clusters, for millions of items against one another: with FAISS, an optional dependency, of which
-this is the sole importer.
+And approximate, among clusters, with FAISS: an optional dependency, of which this is the sole importer.
 
 Dims: Q queries, q queries of one block, I items, G groups of items, L clusters, D width.
 """
@@ -168,25 +167,29 @@ def _nearest_centres(items_ID: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tens
 
 
 def has_faiss() -> bool:
-    """Return whether the optional dependency is there that `unit_centres` and `ClusteredIndex` need."""
+    """Return whether the optional dependency is there that `ClusteredIndex` needs."""
     return find_spec("faiss") is not None
 
 
-def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int) -> Tensor:
-    """Return cluster centres of unit length by spherical k-means, five iterations, float32 [L, D] on the CPU.
+def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int, iterations: int = 5) -> Tensor:
+    """Return cluster centres of unit length by spherical k-means, float32 [L, D].
 
     Args:
-        items_ID: At least as many items as clusters; FAISS wants 39 times as many to be content.
+        items_ID: float32; some ten times as many items as clusters, or more.
         num_clusters: L.
-        seed: Chooses the first centres.
-    """
-    import faiss
+        seed: Chooses the first centres, distinct items.
+        iterations: Rounds of assigning items and moving centres. A centre without items stays.
 
-    items = items_ID.float().cpu().numpy()
-    k_means = faiss.Kmeans(items.shape[1], num_clusters, niter=5, spherical=True, seed=seed, min_points_per_centroid=1)
-    k_means.train(items)
-    assert k_means.centroids is not None, "training sets them"
-    return torch.from_numpy(k_means.centroids.copy())
+    Source: Dhillon and Modha, Machine Learning 42, 2001.
+    """
+    drawn = torch.randperm(len(items_ID), generator=torch.Generator().manual_seed(seed))[:num_clusters]
+    centres_LD = F.normalize(items_ID[drawn.to(items_ID.device)])
+    for _ in range(iterations):
+        cluster_I = torch.cat([scores_qL.argmax(dim=1) for _, scores_qL in similarity_blocks(items_ID, centres_LD)])
+        sums_LD = torch.zeros_like(centres_LD, dtype=torch.float64).index_add_(0, cluster_I, items_ID.double())
+        is_empty_L1 = cluster_I.bincount(minlength=num_clusters)[:, None] == 0
+        centres_LD = torch.where(is_empty_L1, centres_LD, F.normalize(sums_LD).float())
+    return centres_LD
 
 
 class ClusteredIndex:

@@ -42,9 +42,9 @@ class MiningConfig:
     table_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """mode=table: how embeddings are kept, two of each class, over the memory of all ranks."""
     table_neighbours: int = 64
-    """mode=table: neighbours of each class in the graph that batches are mined on."""
+    """mode=table: neighbours of each class in the graph that batches are mined on, where it is approximate."""
     table_exact_limit: int = 200_000
-    """mode=table: classes up to which mining is exact, by all products; beyond, FAISS approximates on the CPU."""
+    """mode=table: classes up to which mining is exact, by all products; beyond, neighbours are sought in clusters."""
     table_probes: int = 8
     """mode=table: clusters, of 4 sqrt(classes), that the approximation looks into; more find more and take longer."""
     virtual_nodes: int = 8

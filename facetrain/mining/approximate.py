@@ -1,6 +1,7 @@
 """The graph of classes that best-first search walks, approximate, for more classes than all products can be made of.
 
-Dims: I trained identities, F of them fresh in the table, K neighbours, S sampled classes, D embedding width.
+Dims: F identities fresh in the table, K neighbours, L clusters, P probed ones, S sampled classes, b classes of a block,
+D embedding width.
 """
 
 import math
@@ -11,15 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from facetrain.mining.best_first import NeighbourGraph
+from facetrain.mining.cluster_search import neighbours_in_clusters
 from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.neighbours import by_class
-from facetrain.search import ClusteredIndex, unit_centres
+from facetrain.search import top_k, unit_centres
 
 _RECALL_SAMPLE = 128
 """Classes whose true neighbours are computed beside an approximate graph, to say how good it is."""
 
 _CENTRE_SAMPLE = 40
-"""Positives per cluster that the clusters of an approximate graph are made from; k-means asks for 39 at least."""
+"""Positives per cluster that the clusters are made from."""
 
 
 def approximate_graph(
@@ -33,13 +35,12 @@ def approximate_graph(
 ) -> tuple[NeighbourGraph, float]:
     """Find about the `num_neighbours` classes c of largest <a_s, p_c> for each class s among rows of the table.
 
-    FAISS looks into the `probes` most promising of 4 sqrt(F) clusters of positives: an approximation, whose recall is
-    measured on 128 classes. Each rank searches for the classes whose rows it owns, block by block, so that queries
-    come in the same blocks, and give the same scores, at any number of ranks.
+    A class looks into the `probes` most promising of 4 sqrt(F) clusters of positives: an approximation, whose recall is
+    measured on 128 classes. For the same embeddings it is the same at any number of ranks.
 
-    Over all ranks: the positives (`EmbeddingTable.positive_blocks`), of which every rank makes an index, some 4 F D
-    bytes on the host, half of them reserve of lists that grow; then an all-gather of the graph, 8 F K bytes, after
-    which every rank has the whole graph on the host.
+    Over all ranks: all embeddings, 4 F D bytes in bfloat16, which every rank then holds on its device; the clusters of
+    the classes; and the neighbours, W * 8 F K bytes. The products, about 4 F sqrt(F) D / 16 multiplications a probe,
+    are shared by the ranks.
 
     Args:
         table: Owns the embeddings.
@@ -55,56 +56,59 @@ def approximate_graph(
     num_neighbours = min(num_neighbours, len(rows_F) - 1)
     judged = generator.choice(len(rows_F), min(len(rows_F), _RECALL_SAMPLE), replace=False)
     truth = _Truth(table, rows_F, judged, num_neighbours)
-    index = _empty_index(table, rows_F, generator)
-    norms = []
-    for piece, block in table.positive_blocks(rows_F):
-        index.add(block)
-        truth.add(piece.start, block)
-        norms.append(torch.linalg.vector_norm(block, dim=1))
-    rows = _own_rows(table, rows_F, index, num_neighbours, probes)
-    neighbours, scores, own, norm_a_F = (table.world.all_gather_uneven(column).cpu() for column in rows)
+    centres_LD = _centres(table, rows_F, generator)
+    embeddings_2FD = table.empty(2, len(rows_F))
+    for piece, block_2bD in table.embedding_blocks(rows_F):
+        embeddings_2FD[:, piece] = block_2bD
+        truth.add(piece.start, block_2bD[1].float())
+    cluster_F, probed_FP, own, norm_a_F, norm_p_F = _columns(table, rows_F, centres_LD, min(probes, len(centres_LD)))
+    neighbours, scores = neighbours_in_clusters(
+        *embeddings_2FD, cluster_F, probed_FP, num_neighbours=num_neighbours, world=table.world
+    )
     capped = {}
     if similarity_cap is not None:
-        cosines = scores / (norm_a_F[:, None] * torch.cat(norms).cpu()[neighbours])
+        cosines = scores / (norm_a_F[:, None] * norm_p_F[neighbours])
         s, k = (cosines > similarity_cap).nonzero(as_tuple=True)
-        capped = by_class(torch.stack([s.int(), neighbours[s, k]], dim=1).numpy())
-    graph = NeighbourGraph(neighbours=neighbours.numpy(), scores=scores.numpy(), own=own.numpy(), capped=capped)
+        capped = by_class(torch.stack([s.int(), neighbours[s, k]], dim=1).cpu().numpy())
+    columns = (column.cpu().numpy() for column in (neighbours, scores, own))
+    graph = NeighbourGraph(*columns, capped=capped)
     return graph, truth.share_in(graph)
 
 
-def _empty_index(table: EmbeddingTable, rows_F: NDArray[np.int64], generator: np.random.Generator) -> ClusteredIndex:
-    """Return an index whose clusters are made for a sample of the positives."""
+def _centres(table: EmbeddingTable, rows_F: NDArray[np.int64], generator: np.random.Generator) -> Tensor:
+    """Return cluster centres of a sample of the positives; made by rank 0, the same on every rank."""
     num_clusters = round(4 * math.sqrt(len(rows_F)))
     sample = generator.choice(rows_F, min(len(rows_F), _CENTRE_SAMPLE * num_clusters), replace=False)
     seed = int(generator.integers(1 << 31))
     _, positives_SD = table.lookup(sample)
-    # Made by rank 0; every rank ends with them.
-    return ClusteredIndex(table.world.on_main(lambda: unit_centres(positives_SD, num_clusters, seed=seed)))
+    num_clusters = min(num_clusters, len(sample))
+    return table.world.on_main(lambda: unit_centres(positives_SD, num_clusters, seed=seed).cpu()).to(
+        positives_SD.device
+    )
 
 
-def _own_rows(
-    table: EmbeddingTable, rows_F: NDArray[np.int64], index: ClusteredIndex, num_neighbours: int, probes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Search for the classes that this rank owns: neighbours [r, K], their scores, own scores [r], anchors' norms."""
-    first, end = np.searchsorted(rows_F, (table.rows.start, table.rows.stop)).tolist()
-    neighbours_rK = torch.empty(end - first, num_neighbours, dtype=torch.int32, device=table.world.device)
-    scores_rK = torch.empty(end - first, num_neighbours, device=table.world.device)
-    own_r, norms_r = torch.empty_like(scores_rK[:, 0]), torch.empty_like(scores_rK[:, 0])
+def _columns(
+    table: EmbeddingTable, rows_F: NDArray[np.int64], centres_LD: Tensor, num_probes: int
+) -> tuple[Tensor, ...]:
+    """Return for each class its positive's cluster, the clusters that it probes [F, P], its own score, both norms.
+
+    Each rank finds those of the classes that it owns, block by block, so that products are the same at any number of
+    ranks; then an all-gather of each, after which every rank has all.
+    """
+    blocks = []
     for owner, piece in table.blocks(rows_F):
-        if owner != table.world.rank:
-            continue
-        anchors_qD, positives_qD = table.own(rows_F[piece])
-        self_q1 = torch.arange(piece.start, piece.stop, device=anchors_qD.device)[:, None]
-        score_qK, found_qK = index.top_k(anchors_qD, num_neighbours + 1, probes=probes)
-        # The class itself goes, and so does the last where it wasn't found.
-        score_qK.masked_fill_((found_qK == self_q1) | (found_qK < 0), -torch.inf)
-        score_qK, order_qK = score_qK.sort(dim=1, descending=True)
-        found_qK = found_qK.gather(1, order_qK).masked_fill_(score_qK.isneginf(), -1)
-        here = slice(piece.start - first, piece.stop - first)
-        neighbours_rK[here], scores_rK[here] = found_qK[:, :num_neighbours], score_qK[:, :num_neighbours]
-        own_r[here] = (anchors_qD * positives_qD).sum(dim=1)
-        norms_r[here] = torch.linalg.vector_norm(anchors_qD, dim=1)
-    return neighbours_rK, scores_rK, own_r, norms_r
+        if owner == table.world.rank:
+            anchors_bD, positives_bD = table.own(rows_F[piece])
+            cluster_b1 = top_k(positives_bD, centres_LD, 1)[1]
+            probed_bP = top_k(anchors_bD, centres_LD, num_probes)[1]
+            own_b = (anchors_bD * positives_bD).sum(dim=1)
+            norms = (torch.linalg.vector_norm(x_bD, dim=1) for x_bD in (anchors_bD, positives_bD))
+            blocks.append((cluster_b1[:, 0], probed_bP, own_b, *norms))
+    if not blocks:  # a rank that owns no fresh class
+        none, device = torch.empty(0, device=table.world.device), table.world.device
+        indices = torch.empty(0, num_probes, dtype=torch.int64, device=device)
+        blocks.append((torch.empty(0, dtype=torch.int64, device=device), indices, none, none, none))
+    return tuple(table.world.all_gather_uneven(torch.cat(column)) for column in zip(*blocks, strict=True))
 
 
 class _Truth:

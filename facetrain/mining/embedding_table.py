@@ -100,19 +100,23 @@ class EmbeddingTable:
         local = torch.from_numpy(rows - self.rows.start).to(self.world.device)
         return self._anchors[local].float(), self._positives[local].float()
 
-    def positive_blocks(self, rows_F: NDArray[np.int64]) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the positives of ascending rows block by block, float32 [rows, D], on every rank.
+    def empty(self, *sizes: int) -> Tensor:
+        """Return memory for embeddings, [*sizes, D], of the table's type and on its device."""
+        return self._anchors.new_empty(*sizes, self._anchors.shape[1])
 
-        Over all ranks: a broadcast per block by its owner, F D b bytes in all. No rank holds them all unless the
+    def embedding_blocks(self, rows_F: NDArray[np.int64]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield anchors and positives of ascending rows block by block, [2, rows, D], on every rank.
+
+        Over all ranks: a broadcast per block by its owner, 2 F D b bytes in all. No rank holds them all unless the
         caller keeps them.
         """
         for owner, piece in self.blocks(rows_F):
             rows = rows_F[piece]
+            block = self.empty(2, len(rows))
             if owner == self.world.rank:
-                block = self._positives[torch.from_numpy(rows - self.rows.start).to(self.world.device)]
-            else:
-                block = self._positives.new_empty(len(rows), self._positives.shape[1])
-            yield piece, self.world.broadcast_(block, owner).float()
+                local = torch.from_numpy(rows - self.rows.start).to(self.world.device)
+                torch.stack([self._anchors[local], self._positives[local]], out=block)
+            yield piece, self.world.broadcast_(block, owner)
 
     def lookup(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return anchors and positives of any few rows, each float32 [len(rows), D], on every rank.

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from facetrain.config import Config, MiningConfig
 from facetrain.mining.lists import check_appearances
-from facetrain.search import has_faiss
 
 GATHERED_LIMIT = 100_000
 """Trained identities up to which mode 'auto' takes gathered mining."""
@@ -61,8 +60,7 @@ def check_mode(config: Config, *, num_identities: int, world_size: int) -> None:
 
     Raises:
         ValueError: Fewer candidates than pairs, or too few identities for `mining.max_appearances`; for quota, virtual
-            nodes that the ranks can't share evenly; for the table, more identities than are searched exactly, without
-            FAISS.
+            nodes that the ranks can't share evenly.
     """
     mining, num_pairs = config.mining, config.train.global_pairs
     mode = choose_mode(mining, num_identities=num_identities, num_pairs=num_pairs).name
@@ -80,9 +78,4 @@ def check_mode(config: Config, *, num_identities: int, world_size: int) -> None:
     if mode == "quota" and mining.virtual_nodes % world_size:
         raise ValueError(
             f"mining.virtual_nodes: expected a multiple of the {world_size} processes, got {mining.virtual_nodes}"
-        )
-    if mode == "table" and num_identities > mining.table_exact_limit and not has_faiss():
-        raise ValueError(
-            f"mining.table_exact_limit: {num_identities} identities are more than {mining.table_exact_limit}, and"
-            " searching them approximately needs FAISS: pip install 'facetrain[faiss]', or raise the limit"
         )

@@ -17,7 +17,7 @@ from facetrain.mining.approximate import approximate_graph
 from facetrain.mining.best_first import Extend, NeighbourGraph, best_first_classes
 from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.lists import limit_appearances
-from facetrain.mining.neighbours import neighbour_graph
+from facetrain.mining.neighbours import neighbour_graph, neighbours_needed
 from facetrain.mining.round import (
     MinedBatch,
     MinedRound,
@@ -80,7 +80,7 @@ def mine_table_round(
         )
         return None
     started_at = time.perf_counter()
-    graph, extend, recall = _graph(table, rows_F, config, round_generator(seed, round_index, 0))
+    graph, extend, recall = _graph(table, rows_F, config, num_pairs, round_generator(seed, round_index, 0))
     graph_s = time.perf_counter() - started_at
     batches, seconds = mine_over_ranks(
         lambda b: _mine_batch(
@@ -106,21 +106,27 @@ def mine_table_round(
 
 
 def _graph(
-    table: EmbeddingTable, rows_F: NDArray[np.int64], config: MiningConfig, generator: np.random.Generator
+    table: EmbeddingTable,
+    rows_F: NDArray[np.int64],
+    config: MiningConfig,
+    num_pairs: int,
+    generator: np.random.Generator,
 ) -> tuple[NeighbourGraph, Extend | None, float]:
     """Return the graph over rows of the table, what extends its rows if it is exact, and its recall."""
-    num_neighbours, cap = config.table_neighbours, config.similarity_cap
+    cap = config.similarity_cap
     if len(rows_F) > config.table_exact_limit:
         graph, recall = approximate_graph(
             table,
             rows_F,
-            num_neighbours=num_neighbours,
+            num_neighbours=config.table_neighbours,
             probes=config.table_probes,
             similarity_cap=cap,
             generator=generator,
         )
         return graph, None, recall
     anchors_FD, positives_FD = table.lookup(rows_F)  # over all ranks, each of which then has all
+    subset = subset_size(config, num_pairs, len(rows_F))
+    num_neighbours = neighbours_needed(len(rows_F), subset, min(num_pairs, subset))
     exact = neighbour_graph(anchors_FD, positives_FD, table.world, num_neighbours=num_neighbours, similarity_cap=cap)
     return *exact, 1.0
 

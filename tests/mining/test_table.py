@@ -14,7 +14,6 @@ from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.greedy import greedy_classes
 from facetrain.mining.round import round_generator
 from facetrain.mining.table import mine_table_round
-from facetrain.search import has_faiss
 from facetrain.world import World
 
 IDENTITIES = np.arange(5, 245, 2)  # 120 labels that aren't their rows
@@ -55,7 +54,7 @@ APPROXIMATE = MiningConfig(
 )
 
 
-CONFIGS = (CONFIG, APPROXIMATE) if has_faiss() else (CONFIG,)
+CONFIGS = (CONFIG, APPROXIMATE)
 
 
 def rounds(world: World) -> list[tuple[list[list[int]], dict[str, float]]]:
@@ -73,7 +72,7 @@ def entries_and_shards(world: World) -> tuple[list[int], list[Tensor], dict[str,
     table = trained_table(world)
     rows = table.fresh_rows(30, 25)
     lookup = table.lookup(rows[::-7].copy())
-    blocks = torch.cat([block for _, block in table.positive_blocks(rows)])
+    blocks = torch.cat([block[1].float() for _, block in table.embedding_blocks(rows)])
     return rows.tolist(), [*lookup, blocks], table.state()
 
 
@@ -120,7 +119,6 @@ def test_up_to_the_limit_a_batch_is_that_of_greedy_selection() -> None:
 
 
 def test_approximate_graph_states_the_share_of_true_neighbours_that_it_has() -> None:
-    pytest.importorskip("faiss", reason="FAISS isn't installed")
     table = trained_table(World())
     rows = table.fresh_rows(30, 30)
     anchors, positives = (x.double() for x in table.own(rows))
