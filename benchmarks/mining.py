@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from facetrain.mining.best_first import Extend, NeighbourGraph, Row, best_first_classes
+from facetrain.mining.cluster_search import neighbours_in_clusters
 from facetrain.mining.greedy import GreedyResult, greedy_classes
 from facetrain.mining.neighbours import graph_pays, neighbour_graph, neighbours_needed
-from facetrain.search import ClusteredIndex, similarity_blocks, unit_centres
+from facetrain.search import similarity_blocks, top_k, unit_centres
 from facetrain.world import World
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ class ExactCase:
 
 @dataclass(frozen=True)
 class ApproximateCase:
-    """Best-first search on a graph found by FAISS: not exact, so its lists are judged by their violations."""
+    """Best-first search on a graph found in clusters: not exact, so its lists are judged by their violations."""
 
     candidates: int
     pairs: int
@@ -95,7 +96,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--exact", type=int, nargs="*", help="candidates for the exact graph (default 10000)")
-    parser.add_argument("--approximate", type=int, nargs="*", help="candidates for FAISS (default 100000)")
+    parser.add_argument(
+        "--approximate", type=int, nargs="*", help="candidates for an approximate graph (default 100000)"
+    )
     parser.add_argument("--pairs", type=int, nargs="*", help="classes of a batch (default 320 1000 4000)")
     parser.add_argument("--width", type=int, help="embedding width (default 512)")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process: where others run beside it")
@@ -211,7 +214,7 @@ def build(anchors_CD: Tensor, positives_CD: Tensor, num: int) -> tuple[Neighbour
 
 
 def measure_approximate(num_candidates: int, width: int, pairs: list[int], clock: Clock) -> list[ApproximateCase]:
-    """Time all numbers of pairs on one graph of FAISS, and say how far its lists are from greedy ones."""
+    """Time all numbers of pairs on one graph of clusters, and say how far its lists are from greedy ones."""
     anchors, positives = grouped_faces(num_candidates, width, seed=0)
     graph_ms, graph = timed(lambda: approximate_graph(anchors, positives), clock)
     recall = recall_of(graph, anchors, positives)
@@ -246,13 +249,19 @@ def measure_approximate(num_candidates: int, width: int, pairs: list[int], clock
 
 
 def approximate_graph(anchors_CD: Tensor, positives_CD: Tensor, probes: int = 16) -> NeighbourGraph:
-    """Find neighbours in the `probes` most promising of 4 sqrt(C) clusters; their scores are of bfloat16 positives."""
+    """Find neighbours in the `probes` most promising of 4 sqrt(C) clusters."""
     num_clusters = 4 * math.isqrt(len(anchors_CD))
-    index = ClusteredIndex(unit_centres(positives_CD[: 40 * num_clusters], num_clusters, seed=0))
-    index.add(positives_CD)
-    scores_CK, neighbours_CK = index.top_k(anchors_CD, NEIGHBOURS, probes=probes)
-    own_C = (anchors_CD * positives_CD.bfloat16().float()).sum(dim=1)
-    return NeighbourGraph(neighbours_CK.int().numpy(), scores_CK.numpy(), own_C.numpy())
+    centres_LD = unit_centres(positives_CD[: 40 * num_clusters], num_clusters, seed=0)
+    neighbours_CK, scores_CK = neighbours_in_clusters(
+        anchors_CD,
+        positives_CD,
+        top_k(positives_CD, centres_LD, 1)[1][:, 0],
+        top_k(anchors_CD, centres_LD, probes)[1],
+        num_neighbours=NEIGHBOURS,
+        world=World(),
+    )
+    own_C = (anchors_CD * positives_CD).sum(dim=1)
+    return NeighbourGraph(neighbours_CK.numpy(), scores_CK.numpy(), own_C.numpy())
 
 
 def recall_of(graph: NeighbourGraph, anchors_CD: Tensor, positives_CD: Tensor, num_classes: int = 256) -> float:
@@ -340,7 +349,7 @@ def print_approximate(cases: list[ApproximateCase]) -> None:
     """Print a row for each case."""
     head = ["C", "N", "plain", "search", "graph once", *(f"a batch of {b}" for b in BATCHES_PER_ROUND), "break-even"]
     head += ["recall", "violation plain", "of this", "same classes", "fillers"]
-    print("\ngraph approximated by FAISS, not exact; ms a batch")
+    print("\napproximate graph, found in clusters; ms a batch")
     print_table(
         head,
         [

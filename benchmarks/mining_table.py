@@ -46,7 +46,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.classes, args.width, args.pairs, args.subset = 20_000, 64, 256, 5_000
-    torch.set_num_threads(1)  # as in training with one process per core; FAISS goes by OMP_NUM_THREADS
 
     table, groups, seconds_per_step = filled_table(args.classes, args.width)
     figures = {"classes": args.classes, "width": args.width, "pairs": args.pairs, "observe_s": seconds_per_step}

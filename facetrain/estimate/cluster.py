@@ -43,8 +43,6 @@ class Cluster:
         "images that a decoding process (data.workers of them per GPU) turns out a second; 9,000 RGB of 112 px a core",
     )
 
-    host_gflops: float = _flag(500.0, "products on a rank's share of the host (FAISS), in 10^9 operations a second")
-
     def __post_init__(self) -> None:
         """Check the bounds."""
         for key in fields(self):

@@ -92,7 +92,7 @@ def _embedding_work(config: Config, cluster: Cluster, network: Network, mode: st
 def _table_work(config: Config, cluster: Cluster, network: Network, mode: str, identities: int) -> MiningWork:
     """Return the work of mode 'table': what each step shows of it, and a graph of the fresh classes per round."""
     mining, W, D, N = config.mining, cluster.world_size, network.embedding_dim, config.train.global_pairs
-    rate, K = 1 / mining.batches_per_round, mining.table_neighbours
+    rate = 1 / mining.batches_per_round
     entry_bytes = {"float32": 4, "bfloat16": 2}[mining.table_dtype]
     # Of random batches; mined ones meet fewer classes, which `mining.table_refresh_share` is for.
     F = round(identities * (1 - (1 - min(1.0, N / identities)) ** mining.table_max_age_steps))
@@ -101,15 +101,22 @@ def _table_work(config: Config, cluster: Cluster, network: Network, mode: str, i
         Collective("mining", "embeddings of a step", "all-gather", 2 * N * D * entry_bytes, 1),
         Collective("mining", "fresh rows", "all-gather", 8 * F, rate),
     ]
-    if min(F, identities) > mining.table_exact_limit:
-        collectives.append(Collective("mining", "positives", "all-gather", entry_bytes * F * D, rate))
-        graph_s = _approximate_seconds(cluster, F, D, mining.table_probes)
-        on_gpu = 0
+    if F > mining.table_exact_limit:
+        K, P = mining.table_neighbours, mining.table_probes
+        # Clusters, own scores and norms of a class; its embeddings; what each rank found for it.
+        collectives += [
+            Collective("mining", "sizes and counts", "all-gather", 8 * W, 5 * rate),
+            Collective("mining", "clusters of classes", "all-gather", (8 + 8 * P + 12) * F, rate),
+            Collective("mining", "all embeddings", "all-gather", 2 * entry_bytes * F * D, rate),
+            Collective("mining", "neighbours and their scores", "all-gather", 8 * W * F * K, rate),
+        ]
+        graph_s = _approximate_seconds(cluster, F, D, P)
+        on_gpu = (2 * entry_bytes * D + 8 * K + 16 * P) * F
     else:
         collectives.append(Collective("mining", "fresh embeddings", "all-gather", 8 * F * D, rate))
         graph_s = _graph_seconds(cluster, F, D)
         on_gpu = (8 + 16) * F * D
-    collectives += _graph_collectives(F, min(K, F), W, rate)
+        collectives += _graph_collectives(F, neighbours_needed(F, subset_size(mining, N, F), min(N, F)), W, rate)
     collectives.append(Collective("mining", "mined embeddings", "all-gather", 8 * N * D, 2 * rate))
     return MiningWork(
         mode=mode,
@@ -145,10 +152,13 @@ def _graph_seconds(cluster: Cluster, classes: int, width: int) -> float:
 
 
 def _approximate_seconds(cluster: Cluster, classes: int, width: int, probes: int) -> float:
-    """Return the time of FAISS on the host: every rank sorts all into 4 sqrt(F) clusters, and searches for its own."""
+    """Return the time of a graph found in 4 sqrt(F) clusters: all classes against all centres, and in their clusters.
+
+    Ranks share both.
+    """
     clusters = 4 * math.sqrt(classes)
-    products = classes * clusters + classes / cluster.world_size * probes * classes / clusters
-    return 2 * width * products / (1e9 * cluster.host_gflops)
+    products = 2 * classes * clusters + probes * classes * classes / clusters
+    return 2 * width * products / (1e12 * cluster.gpu_float32_tflops * cluster.world_size)
 
 
 def _graph_collectives(classes: int, neighbours: int, world_size: int, rate: float) -> Iterator[Collective]:

@@ -58,20 +58,20 @@ def approximate_graph(
     truth = _Truth(table, rows_F, judged, num_neighbours)
     centres_LD = _centres(table, rows_F, generator)
     embeddings_2FD = table.empty(2, len(rows_F))
+    anchors_FD, positives_FD = embeddings_2FD.unbind()
     for piece, block_2bD in table.embedding_blocks(rows_F):
         embeddings_2FD[:, piece] = block_2bD
         truth.add(piece.start, block_2bD[1].float())
     cluster_F, probed_FP, own, norm_a_F, norm_p_F = _columns(table, rows_F, centres_LD, min(probes, len(centres_LD)))
     neighbours, scores = neighbours_in_clusters(
-        *embeddings_2FD, cluster_F, probed_FP, num_neighbours=num_neighbours, world=table.world
+        anchors_FD, positives_FD, cluster_F, probed_FP, num_neighbours=num_neighbours, world=table.world
     )
     capped = {}
     if similarity_cap is not None:
         cosines = scores / (norm_a_F[:, None] * norm_p_F[neighbours])
         s, k = (cosines > similarity_cap).nonzero(as_tuple=True)
         capped = by_class(torch.stack([s.int(), neighbours[s, k]], dim=1).cpu().numpy())
-    columns = (column.cpu().numpy() for column in (neighbours, scores, own))
-    graph = NeighbourGraph(*columns, capped=capped)
+    graph = NeighbourGraph(neighbours.cpu().numpy(), scores.cpu().numpy(), own.cpu().numpy(), capped)
     return graph, truth.share_in(graph)
 
 
