@@ -101,7 +101,7 @@ def _table_work(config: Config, cluster: Cluster, network: Network, mode: str, i
         Collective("mining", "embeddings of a step", "all-gather", 2 * N * D * entry_bytes, 1),
         Collective("mining", "fresh rows", "all-gather", 8 * F, rate),
     ]
-    if F > mining.table_exact_limit:
+    if mining.table_exact_limit < F:
         K, P = mining.table_neighbours, mining.table_probes
         # Clusters, own scores and norms of a class; its embeddings; what each rank found for it.
         collectives += [
