@@ -29,6 +29,7 @@ from facetrain.mining.round import (
     npair_loss,
     num_random_classes,
     round_generator,
+    selection_figures,
     subset_size,
 )
 from facetrain.mining.scores import on_grid
@@ -192,9 +193,7 @@ def _mine_batch(
     return JudgedBatch(
         # Shuffled, because ranks take slices of the list: random classes and late finds go to all of them.
         identities=generator.permutation(chosen),
-        mean_violation=found.mean_violation,
-        tie_share=found.ties / max(1, num_mined - 1),
-        filler_share=found.fillers / max(1, num_mined - 1),
+        **selection_figures(found),
         loss_mined=npair_loss(embeddings_VCD, found.order),
         loss_random=npair_loss(embeddings_VCD, random_rows),
     )

@@ -31,6 +31,7 @@ from facetrain.mining.round import (
     npair_loss,
     num_random_classes,
     round_generator,
+    selection_figures,
     subset_size,
 )
 from facetrain.world import World
@@ -182,9 +183,7 @@ def _mine_batch(
         identities.append(generator.permutation(np.concatenate([mined, random])))
     return JudgedBatch(
         identities=np.concatenate(identities),
-        mean_violation=found.mean_violation,
-        tie_share=found.ties / max(1, num_mined - 1),
-        filler_share=found.fillers / max(1, num_mined - 1),
+        **selection_figures(found),
         loss_mined=npair_loss(embeddings_VSD, found.order),
         loss_random=npair_loss(embeddings_VSD, generator.choice(len(subset), num_mined, replace=False)),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from facetrain.config import MiningConfig
 from facetrain.data.index import ClassTable
 from facetrain.losses.logit_tiles import one_vs_all, sum_of_rows
+from facetrain.mining.greedy import GreedyResult
 from facetrain.mining.lists import mean_overlap
 from facetrain.world import World
 
@@ -67,6 +68,16 @@ class MinedBatch:
     """Share of classes drawn among equals."""
     filler_share: float
     """Share of classes drawn at random, because no other was left to be scored."""
+
+
+def selection_figures(found: GreedyResult) -> dict[str, float]:
+    """Return the fields of a MinedBatch that say how its classes were found; the first is drawn at random anyway."""
+    num_added = max(1, len(found.order) - 1)
+    return {
+        "mean_violation": found.mean_violation,
+        "tie_share": found.ties / num_added,
+        "filler_share": found.fillers / num_added,
+    }
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from facetrain.mining.round import (
     npair_loss,
     num_random_classes,
     round_generator,
+    selection_figures,
     subset_size,
 )
 
@@ -161,9 +162,7 @@ def _mine_batch(
     return _TableBatch(
         # Shuffled, because ranks take slices of the list: random classes and late finds go to all of them.
         identities=identities[generator.permutation(np.concatenate([mined, refreshed, random]))],
-        mean_violation=found.mean_violation,
-        tie_share=found.ties / max(1, num_mined - 1),
-        filler_share=found.fillers / max(1, num_mined - 1),
+        **selection_figures(found),
         rows=mined,
     )
 
