@@ -125,10 +125,10 @@ def measure_shards(shards: ShardSet) -> Inspection:
 
 
 def _rejected(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
+    if not file.is_file() or not file.stat().st_size:
         return []
     entries = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             entry = json.loads(line)
         except ValueError:
@@ -157,8 +157,12 @@ def _draw_counts(axes: "Axes", counts: npt.NDArray[np.int64]) -> None:
     axes.stairs(identities, edges - 0.5, fill=True, color=COLOURS[0])
     axes.axvline(counts.mean(), color=COLOURS[1], linestyle="--", label=f"mean {counts.mean():.1f}")
     axes.set_xlim(0.5, edges[-1] - 0.5)
-    axes.set_yscale("symlog", linthresh=1) if identities.max() > 100 else axes.set_ylim(bottom=0)
-    axes.set(xlabel="images of an identity", ylabel="identities")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if identities.max() > 100:  # where a few images each are common, a linear axis would show nothing else
+        axes.set_yscale("symlog", linthresh=1, linscale=0.3)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylim(top=2 * identities.max())
+    axes.set(xlabel="images of an identity", ylabel="identities" if step == 1 else f"identities, by {step} images")
     axes.set_title(f"{counts.sum():,} images of {len(counts):,} identities")
     axes.set_axisbelow(True)
     axes.legend()

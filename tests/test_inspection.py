@@ -32,10 +32,10 @@ def test_the_contact_sheet_shows_images_of_the_shards(synthetic: Path, tmp_path:
     main(["inspect", str(synthetic / "shards"), "--out", str(tmp_path)])
     sheet = cv2.imread(str(tmp_path / "contact_sheet.jpg"))
     shards = ShardSet.open(synthetic / "shards")
-    label = int(np.sort(np.random.default_rng(0).permutation(48)[:12])[0])
+    label = int(np.random.default_rng(0).permutation(48)[0])
     first = cv2.imdecode(np.frombuffer(shards.read(4 * label), np.uint8), cv2.IMREAD_COLOR)
     first = cv2.resize(first, (96, 96), interpolation=cv2.INTER_AREA)
-    differences = cv2.matchTemplate(sheet[:110, :260], first, cv2.TM_SQDIFF) / (3 * 96 * 96)
+    differences = cv2.matchTemplate(sheet[:140, :110], first, cv2.TM_SQDIFF) / (3 * 96 * 96)
     assert differences.min() < 40  # squares of 256 grey levels; the sheet went through a JPEG
 
 
