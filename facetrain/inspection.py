@@ -157,7 +157,7 @@ def _draw_counts(axes: "Axes", counts: npt.NDArray[np.int64]) -> None:
     axes.stairs(identities, edges - 0.5, fill=True, color=COLOURS[0])
     axes.axvline(counts.mean(), color=COLOURS[1], linestyle="--", label=f"mean {counts.mean():.1f}")
     axes.set_xlim(0.5, edges[-1] - 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if identities.max() > 100:  # where a few images each are common, a linear axis would show nothing else
         axes.set_yscale("symlog", linthresh=1, linscale=0.3)
         axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -43,8 +43,10 @@ def save_contact_sheet(shards: ShardSet, path: Path, *, rows: int = 9, seed: int
             if len(done) == rows:
                 break
         row.append(block)
-    sheet: Any = np.vstack([*done, _side_by_side(row)] if row else done)
-    sheet = cv2.copyMakeBorder(sheet, *[2 * _GAP_PX] * 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    margin = (2 * _GAP_PX, 2 * _GAP_PX)
+    sheet = np.pad(
+        np.vstack([*done, _side_by_side(row)] if row else done), (margin, margin, (0, 0)), constant_values=255
+    )
     data = cv2.imencode(".jpg", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     path.write_bytes(data.tobytes())
 

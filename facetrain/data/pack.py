@@ -4,12 +4,14 @@ Worker processes make one shard each at a time. A finished shard leaves a record
 `.pack`, from which an interrupted packing goes on; what is written doesn't depend on workers or interruptions.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, groupby
 from pathlib import Path
@@ -78,6 +80,7 @@ def pack(
 
     Raises:
         FileNotFoundError: A file doesn't exist.
+        OSError: The disk is full.
         ValueError: A setting is out of bounds, a source or list can't be read or has no usable image, or `out` holds
             something else; one line that names it.
     """
@@ -96,14 +99,26 @@ def pack(
     if workers is not None and workers < 1:
         raise ValueError(f"pack: workers: expected 1 or more, got {workers}")
     points = points_from_file(landmarks) if landmarks else None
-    # Parquet's images are spooled to where there has to be room for the shards anyway.
-    spool_dir = next((folder for folder in (out, *out.absolute().parents) if folder.is_dir()), None)
-    faces, left_out = apply_lists(open_faces(source, spool_dir=spool_dir), exclude=exclude, merge=merge)
-    fingerprint = faces.fingerprint()
-    _claim(out, {"format": FORMAT, "source": fingerprint, **asdict(settings)})
-    job = Job(faces, out, settings, points, detector)
-    records = _run(job, _plan(faces, settings), workers or len(os.sched_getaffinity(0)))
-    return _merge(job, records, fingerprint, left_out)
+    with _full_disk_named(out):
+        # Parquet's images are spooled to where there has to be room for the shards anyway.
+        spool_dir = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+        faces, left_out = apply_lists(open_faces(source, spool_dir=spool_dir), exclude=exclude, merge=merge)
+        fingerprint = faces.fingerprint()
+        _claim(out, {"format": FORMAT, "source": fingerprint, **asdict(settings)})
+        job = Job(faces, out, settings, points, detector)
+        records = _run(job, _plan(faces, settings), workers or len(os.sched_getaffinity(0)))
+        return _merge(job, records, fingerprint, left_out)
+
+
+@contextmanager
+def _full_disk_named(out: Path) -> Iterator[None]:
+    """Say which disk it is that is full: the system's message doesn't."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{out}: its disk is full; `facetrain pack`, run again with more room, goes on") from None
 
 
 def _alignment(landmarks: Path | None, detector: Path | None) -> str:

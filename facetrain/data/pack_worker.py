@@ -133,7 +133,11 @@ def relabel_shard(record: Record, first_label: int) -> Record:
 def _write(tar: Path, record: Record, samples: Iterator[tuple[str, bytes]]) -> Record:
     """Write tar, sidecar index and record, each at once or not at all; the record comes last."""
     part = part_of(tar)
-    write_shard(part, samples)
+    try:
+        write_shard(part, samples)
+    except BaseException:
+        part.unlink(missing_ok=True)  # of a full disk, it would take the last room
+        raise
     if record.names:
         record = replace(record, size_bytes=part.stat().st_size, sha256=sha256_of(part))
         _, places = index_shard(part)
