@@ -1,4 +1,4 @@
-"""Commands that make shards and look at them: synth, pack, inspect."""
+"""Commands that make shards and look at them: synth, pack, inspect, audit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +83,29 @@ def inspect(argv: Sequence[str]) -> None:
     from facetrain.inspection import inspect_shards
 
     inspect_shards(Path(args.shards), Path(args.out) if args.out else None)
+
+
+def audit(argv: Sequence[str]) -> None:
+    """Find test people, duplicates and mixtures in shards."""
+    parser = new_parser("facetrain audit", "Find identities that look like test people, like one another, or like two.")
+    parser.add_argument("shards", type=str, help="folder made by facetrain pack")
+    parser.add_argument("--checkpoint", type=str, required=True, help="run folder, .safetensors or .onnx that embeds")
+    parser.add_argument(
+        "--against", nargs="+", type=str, help="images of the test: a folder of IDENTITY/IMAGE, tars .."
+    )
+    parser.add_argument("--min-score", type=float, help="cosine that puts two identities into the lists")
+    parser.add_argument("--no-mirror", action="store_true", help="don't add the embedding of the mirrored image")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one")
+    parser.add_argument("--out", type=str, required=True, help="folder for audit.html, exclude.txt and merge.txt")
+    args = parse_arguments(parser, argv)
+    if args.min_score is not None and not -1 <= args.min_score <= 1:
+        raise ValueError(f"--min-score: expected a cosine, -1 to 1, got {args.min_score}")
+    from facetrain.audit import audit_shards
+    from facetrain.evaluate import EmbedOptions
+
+    against = [Path(path) for path in args.against or ()]
+    options = EmbedOptions(mirror=not args.no_mirror, device=args.device)
+    audit_shards(Path(args.shards), Path(args.checkpoint), against, options, args.min_score, Path(args.out))
 
 
 _SOURCE_HELP = (
