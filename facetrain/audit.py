@@ -15,7 +15,7 @@ from facetrain.data.decode import decode_face, thumbnail
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import open_faces
 from facetrain.evaluate import EmbedOptions, Network, embed_all, open_network
-from facetrain.evaluation.audit import Candidate, bounds_of, duplicates, mixtures, overlaps, usual_score
+from facetrain.evaluation.audit import Candidate, bounds_of, duplicates, mixtures, overlaps, telling_score
 from facetrain.evaluation.html_page import Html, box, page, picture, section, text
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.evaluation.judge import PICTURE_PX
@@ -67,7 +67,7 @@ def audit_shards(
         checkpoint: A run folder, .safetensors or .onnx; the better it knows people, the better the candidates.
         against: Images of the test, as `open_faces` takes them; none leaves overlaps out.
         options: How to embed.
-        min_score: Cosine of two identities; null takes what the two halves of an identity usually score.
+        min_score: Cosine of two identities; null takes that of `telling_score`.
         out: The folder.
 
     Raises:
@@ -87,7 +87,7 @@ def audit_shards(
             }
             if tested and tested_nD is not None:
                 found["overlaps"] = overlaps(trained_nD, trained.bounds, tested_nD, tested.bounds)
-            least = usual_score(trained_nD, trained.bounds) if min_score is None else min_score
+            least = telling_score(trained_nD, trained.bounds, found["duplicates"]) if min_score is None else min_score
             out.mkdir(parents=True, exist_ok=True)
             _write_lists(found, trained, tested, least, out)
             (out / "audit.html").write_text(_page(found, trained, tested, least, checkpoint), encoding="utf-8")
@@ -108,11 +108,11 @@ def _write_lists(
     alike = {kind: [each for each in candidates if each.score >= least] for kind, candidates in found.items()}
     merge = [f"{trained.names[each.identity]}\t{trained.names[each.other]}\n" for each in alike["duplicates"]]
     (out / "merge.txt").write_text("".join(merge), encoding="utf-8")
-    told = f"{len(merge)} pairs of identities (merge.txt)"
+    told = f"pairs of identities (merge.txt): {len(merge)}"
     if tested:
         exclude = [f"{trained.names[each.identity]}\n" for each in alike["overlaps"]]
         (out / "exclude.txt").write_text("".join(exclude), encoding="utf-8")
-        told = f"{len(exclude)} identities like people of the test (exclude.txt), {told}"
+        told = f"identities like people of the test (exclude.txt): {len(exclude)}; {told}"
     rows = {
         kind: [
             {
@@ -125,7 +125,7 @@ def _write_lists(
         for kind, candidates in found.items()
     }
     (out / "audit.json").write_text(json.dumps({"min_score": least, **rows}, indent=1, ensure_ascii=False) + "\n")
-    say(f"{out}: {told} reach a score of {least:.3f}; look through audit.html before using the lists")
+    say(f"{out}: candidates of score {least:.3f} or more: {told}; look through audit.html before using the lists")
 
 
 def _other(kind: str, candidate: Candidate, trained: _People, tested: _People | None) -> str:
@@ -161,7 +161,7 @@ def _card(candidate: Candidate, trained: _People, others: _People) -> Html:
         for people, identity, image in sides
     ]
     names = dict.fromkeys(
-        f"{people.names[identity]} ({people.bounds[identity + 1] - people.bounds[identity]} images)"
+        f"{people.names[identity]}, images: {people.bounds[identity + 1] - people.bounds[identity]}"
         for people, identity, _ in sides
     )
     score = text(f"score {candidate.score:.3f}", css="score")

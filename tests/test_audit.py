@@ -37,7 +37,8 @@ def test_planted_people_are_found_left_out_and_joined(
     against = ["--against", str(synthetic / "faces" / "heldout"), "--checkpoint", str(network), "--device", "cpu"]
     out = tmp_path / "audit"
     main(["audit", str(tmp_path / "shards"), *against, "--out", str(out), "--min-score", "0.999999"])
-    assert "1 identities like people of the test (exclude.txt), 1 pairs of identities" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "identities like people of the test (exclude.txt): 1; pairs of identities (merge.txt): 1;" in told
     assert (out / "exclude.txt").read_text() == "A Stranger, <once>\n"
     assert set((out / "merge.txt").read_text().strip().split("\t")) == {twin.name, "twin"}
     found = json.loads((out / "audit.json").read_text())
@@ -45,7 +46,7 @@ def test_planted_people_are_found_left_out_and_joined(
     assert found["overlaps"][0]["score"] == pytest.approx(1, abs=1e-6)
     html = (out / "audit.html").read_text()
     assert html.count("<img ") == 2 * (50 + 100 + 50)
-    assert "A Stranger, &lt;once&gt; (" in html
+    assert "A Stranger, &lt;once&gt;, images: " in html
     assert "<once>" not in html
     lists = ["--exclude", str(out / "exclude.txt"), "--merge", str(out / "merge.txt")]
     main(["pack", str(faces), str(tmp_path / "clean"), "--workers", "1", *lists])

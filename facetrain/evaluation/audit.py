@@ -22,6 +22,7 @@ Bounds = NDArray[np.int64]
 
 _NEIGHBOURS = 5
 """Identities most like another that are looked at; a person may stand in a set more than twice."""
+_IDENTITIES_PER_PAIR = 20
 _LEAST_NORM = 1e-12
 """Images that cancel each other out have no direction; their mean is left at zero."""
 
@@ -84,10 +85,16 @@ def mixtures(embeddings_nD: Embeddings, bounds: Bounds) -> list[Candidate]:
     return sorted(candidates)
 
 
-def usual_score(embeddings_nD: Embeddings, bounds: Bounds) -> float:
-    """Return the median score of the two halves of an identity: every other image against the rest.
+def telling_score(embeddings_nD: Embeddings, bounds: Bounds, found: Sequence[Candidate]) -> float:
+    """Return a score at which two identities may well be one: the median of what the two halves of an identity score.
 
-    Two identities that are as alike as that are usually one person, if the network knows these people.
+    A network that knows these people badly finds nearly everybody so alike. The score is therefore high enough for
+    about one pair of every twenty identities, at most, to reach it.
+
+    Args:
+        embeddings_nD: The images; a half of an identity is every other one.
+        bounds: The identities.
+        found: What `duplicates` gives for them.
 
     Raises:
         ValueError: No identity has two images.
@@ -99,7 +106,8 @@ def usual_score(embeddings_nD: Embeddings, bounds: Bounds) -> float:
     ]
     if not scores:
         raise ValueError("audit: no identity has two images, by which to judge likeness; give --min-score")
-    return float(np.median(scores))
+    enough = len(found) > len(bounds) // _IDENTITIES_PER_PAIR
+    return max(float(np.median(scores)), found[len(bounds) // _IDENTITIES_PER_PAIR].score if enough else -1.0)
 
 
 def bounds_of(identities: Sequence[str]) -> Bounds:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from facetrain.evaluation.audit import Bounds, bounds_of, duplicates, mixtures, overlaps, usual_score
+from facetrain.evaluation.audit import Bounds, bounds_of, duplicates, mixtures, overlaps, telling_score
 from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
 
 
@@ -59,12 +59,20 @@ def test_an_identity_is_cut_around_its_two_images_that_are_least_alike() -> None
     assert found[1].score == pytest.approx(images[5] @ images[6])
 
 
-def test_the_usual_score_is_the_median_of_halves() -> None:
-    images, bounds = people([1, 3, 2, 5], seed=3)
+def test_the_telling_score_is_the_median_of_halves() -> None:
+    images, bounds = people([1, 3, 2, 5] * 10, seed=3)
     halves = [cosine(person[::2], person[1::2]) for person in groups(images, bounds) if len(person) > 1]
-    assert usual_score(images, bounds) == pytest.approx(np.median(halves))
+    found = duplicates(images, bounds)
+    assert telling_score(images, bounds, found) == pytest.approx(np.median(halves))
     with pytest.raises(ValueError, match="no identity has two images"):
-        usual_score(images[:2], np.array([0, 1, 2]))
+        telling_score(images[:2], np.array([0, 1, 2]), [])
+
+
+def test_a_network_that_finds_everybody_alike_fills_no_list() -> None:
+    images, bounds = people([3] * 100, seed=4, spread=50)  # its images have nothing of the person
+    found = duplicates(images, bounds)
+    least = telling_score(images, bounds, found)
+    assert sum(pair.score >= least for pair in found) == 6
 
 
 def test_bounds_are_where_the_identity_changes() -> None:
