@@ -180,6 +180,10 @@ def test_two_sets_whose_labels_both_count_from_0_are_refused(tmp_path: Path) -> 
 
 def test_a_record_that_is_no_image_is_rejected_by_its_name(tmp_path: Path) -> None:
     records = {1: packed(encoded(drawn_image(1)), key=1, label=4), 2: packed(b"not an image", key=2, label=4)}
+    records |= {3: packed(b"", key=3, label=4)}
     pack([write_set(tmp_path / "set", records)], tmp_path / "out", workers=1)
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert lines == [{"image": "4/00000002", "reason": "can't be decoded as an image"}]
+    assert lines == [
+        {"image": "4/00000002", "reason": "can't be decoded as an image"},
+        {"image": "4/00000003", "reason": "empty file"},
+    ]

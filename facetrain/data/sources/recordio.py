@@ -48,6 +48,11 @@ class _Record(NamedTuple):
     labels: tuple[float, ...]
     image_bytes: int
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it is one of InsightFace's own, which have two bounds and no image."""
+        return not self.image_bytes and len(self.labels) == 2
+
 
 @dataclass(frozen=True)
 class RecordFile:
@@ -102,14 +107,15 @@ def open_records(path: Path) -> Found:
         key = keys.get(record.offset)
         if key is None:
             continue
-        if record.image_bytes:
-            identity, fault = _identity(record.labels[0])
-            if fault:
-                skipped.append(SkippedImage(f"{key:08d}", fault))
-            else:
-                faces.append(Face(identity, f"{identity}/{key:08d}", record.offset, record.image_bytes))
-        elif key == 0:
-            _check_count(path, record, keys, records)
+        if record.is_table:
+            if key == 0:
+                _check_count(path, record, keys, records)
+            continue
+        identity, fault = _identity(record.labels[0])
+        if fault:
+            skipped.append(SkippedImage(f"{key:08d}", fault))
+        else:
+            faces.append(Face(identity, f"{identity}/{key:08d}", record.offset, record.image_bytes))
     if not faces:
         raise ValueError(f"{path}: no images in it: expected records of InsightFace's layout")
     _compare_with_property(path, len({face.identity for face in faces}))
@@ -130,7 +136,7 @@ def _walk(path: Path) -> Iterator[_Record]:
             at = 0
             while at < len(data):
                 pieces, end = _pieces(read_at, at)
-                read_at(sum(pieces[-1]), 0)
+                read_at(pieces[-1].offset + pieces[-1].size, 0)
                 yield _record(read_at, at, pieces)
                 at = end
     except ValueError as error:  # also of mmap, for an empty file
@@ -203,8 +209,8 @@ def _identity(label: float) -> tuple[str, str | None]:
 
 def _check_count(path: Path, table: _Record, keys: dict[int, int], records: Sequence[_Record]) -> None:
     """Compare the bounds at key 0, first the key after the last image, with the records."""
-    expected, found = table.labels[0] - 1, sum(r.image_bytes > 0 and r.offset in keys for r in records)
-    if len(table.labels) == 2 and expected < _WHOLE_IN_FLOAT32 and expected != found:
+    expected, found = table.labels[0] - 1, sum(not r.is_table and r.offset in keys for r in records)
+    if expected < _WHOLE_IN_FLOAT32 and expected != found:
         raise ValueError(f"{path}: the record at byte {table.offset} says {expected:g} images, found {found}")
 
 
