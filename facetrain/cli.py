@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 
 from facetrain import __version__
 from facetrain.command_line import say, user_errors
-from facetrain.commands.data import pack, synth
+from facetrain.commands.data import audit, inspect, pack, synth
 from facetrain.commands.evaluation import compare, lfw
 from facetrain.commands.retrieval import retrieval
 from facetrain.commands.training import check, estimate, train
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (synth, pack, train, check, estimate, lfw, compare, retrieval)
+    command.__name__: command
+    for command in (synth, pack, inspect, audit, train, check, estimate, lfw, compare, retrieval)
 }
 
 _USAGE = "usage: facetrain COMMAND ...\n\n" + "\n".join(

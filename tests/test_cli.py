@@ -7,7 +7,7 @@ from commands import assert_user_error, facetrain, run
 import facetrain as package
 from facetrain.cli import main
 
-COMMANDS = ["synth", "pack", "train", "check", "estimate", "lfw", "compare", "retrieval"]
+COMMANDS = ["synth", "pack", "inspect", "audit", "train", "check", "estimate", "lfw", "compare", "retrieval"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -47,6 +47,13 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["pack", "nowhere", "out"], ["nowhere"]),
         (["pack", "only-one-path"], ["out"]),
         (["pack", "--image", "3", "a", "b"], ["--image"]),
+        (["pack", "nowhere.rec", "out"], ["nowhere.rec"]),
+        (["pack", "nowhere", "out", "--copy", "--detector", "nowhere.onnx"], ["nowhere.onnx"]),
+        (["pack", "nowhere", "out", "--max-images", "0"], ["max_images", "0"]),
+        (["inspect", "nowhere"], ["nowhere"]),
+        (["audit", "nowhere", "--out", "o"], ["checkpoint"]),
+        (["audit", "nowhere", "--out", "o", "--checkpoint", "run"], ["run"]),
+        (["audit", "s", "--out", "o", "--checkpoint", "r", "--min-score", "2"], ["--min-score", "2"]),
         (["synth", "out", "--num-identities", "few"], ["num_identities", "few"]),
         (["lfw", "--pairs", "p.txt", "--out", "o"], ["--checkpoint", "--embeddings"]),
         (["lfw", "--pairs", "p.txt", "--out", "o", "--checkpoint", "run"], ["--images"]),

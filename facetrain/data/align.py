@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facetrain.data.decode import decode_photograph
+from facetrain.data.manifest import ALIGNED_PX
 
 Image = NDArray[np.uint8]
 """uint8 [H, W, 3], RGB."""
@@ -21,7 +22,8 @@ Points = NDArray[np.float64]
 FindPoints = Callable[[Image, str], Points | None]
 """Image and its name -> the five points of its face; None where there is none."""
 
-ALIGNED_PX = 112
+MAX_DETECTION_PX = 640
+"""Longer side of the picture in which YuNet looks for faces; a larger photograph is shrunk to it."""
 TEMPLATE: Points = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
@@ -142,15 +144,27 @@ class YunetDetector:
 
     def __call__(self, photograph: Image, name: str) -> Points | None:
         """Return the five points of the photograph's main face; None where there is none."""
-        height, width = photograph.shape[:2]
+        scale = min(MAX_DETECTION_PX / max(photograph.shape[:2]), 1.0)
+        picture = photograph if scale == 1 else cv2.resize(photograph, None, None, scale, scale, cv2.INTER_AREA)
+        height, width = picture.shape[:2]
         self._network.setInputSize((width, height))
-        _, faces = self._network.detect(cv2.cvtColor(photograph, cv2.COLOR_RGB2BGR))
+        _, faces = self._network.detect(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         if faces is None:
             return None
         # Area less twice the squared distance from the middle, by which InsightFace chooses among faces.
         middle = faces[:, :2] + faces[:, 2:4] / 2 - np.array([width, height]) / 2
         main = faces[np.argmax(faces[:, 2] * faces[:, 3] - 2 * np.square(middle).sum(axis=1))]
-        return main[4:14].reshape(5, 2).astype(np.float64)  # type: ignore[no-any-return]
+        return main[4:14].reshape(5, 2).astype(np.float64) / scale  # type: ignore[no-any-return]
+
+
+def check_detector(file: Path) -> None:
+    """Open YuNet and close it again, without threads, which a later fork would lose; raises as `YunetDetector`."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        YunetDetector(file)
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _image_key(name: str) -> str:

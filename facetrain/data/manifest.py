@@ -10,6 +10,8 @@ from facetrain.data.index import part_of
 FORMAT = 1
 """Version of the folder's layout; readers refuse others."""
 MANIFEST_FILE = "manifest.json"
+ALIGNED_PX = 112
+"""Side of an aligned face, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,18 @@ class PackSettings:
     """Side of the square images, in pixels."""
     quality: int = 92
     """JPEG quality of the images that are encoded anew, 1 to 100."""
+    copy: bool = False
+    """Nothing is encoded anew: what isn't a JPEG of image_px x image_px already is rejected."""
+    alignment: str = ""
+    """How photographs were aligned: `landmarks` or `detector`, and the file's sha256; empty where they weren't."""
     min_px: int = 16
     """Images whose shorter side has fewer pixels are rejected."""
+    max_pixels: int = 50_000_000
+    """Images that state more pixels are rejected without being decoded."""
+    min_images: int = 1
+    """Identities with fewer usable images are left out."""
+    max_images: int | None = None
+    """Usable images of an identity, by name, beyond this many are left out; null takes all."""
     images_per_shard: int = 10_000
     """A shard is closed before the identity that would exceed it; shards are what packing does in parallel."""
     seed: int = 0
@@ -45,11 +57,18 @@ class PackSettings:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        for name in ("image_px", "quality", "min_px", "images_per_shard"):
+        for name in ("image_px", "quality", "min_px", "max_pixels", "min_images", "images_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pack: {name}: expected 1 or more, got {getattr(self, name)}")
         if self.quality > 100:
             raise ValueError(f"pack: quality: expected 1 to 100, got {self.quality}")
+        if self.max_images is not None and self.max_images < self.min_images:
+            raise ValueError(
+                f"pack: max_images: expected min_images ({self.min_images}) or more, got {self.max_images}"
+            )
+        if self.alignment and (self.copy or self.image_px != ALIGNED_PX):
+            given = "copy" if self.copy else f"image_px {self.image_px}"
+            raise ValueError(f"pack: alignment makes new images of {ALIGNED_PX}x{ALIGNED_PX}, got {given}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +92,7 @@ class Manifest:
     rejected_images: int
     """Images of the source that rejected.jsonl lists."""
     dropped_identities: int
-    """Identities of the source without a usable image; rejected.jsonl lists them too."""
+    """Identities of the source that rejected.jsonl lists: excluded, or with too few usable images."""
     shards: tuple[ShardInfo, ...]
     """The shards, in the order of their images."""
 

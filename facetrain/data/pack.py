@@ -4,12 +4,14 @@ Worker processes make one shard each at a time. A finished shard leaves a record
 `.pack`, from which an interrupted packing goes on; what is written doesn't depend on workers or interruptions.
 """
 
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, groupby
 from pathlib import Path
@@ -19,10 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 import facetrain
+from facetrain.data.align import check_detector, points_from_file
+from facetrain.data.identity_lists import apply_lists
 from facetrain.data.index import ClassTable, load_array, save_array
 from facetrain.data.manifest import FORMAT, Manifest, PackSettings, write_text
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
-from facetrain.data.shards import IMAGES_FILE, load_writer, sidecar_of
+from facetrain.data.shards import IMAGES_FILE, load_writer, sha256_of, sidecar_of
 from facetrain.data.sources import FaceSource, open_faces
 
 REJECTED_FILE = "rejected.jsonl"
@@ -37,7 +41,15 @@ def pack(
     *,
     image_px: int = 112,
     quality: int = 92,
+    copy: bool = False,
+    landmarks: Path | None = None,
+    detector: Path | None = None,
+    exclude: Path | None = None,
+    merge: Path | None = None,
+    min_images: int = 1,
+    max_images: int | None = None,
     min_px: int = 16,
+    max_pixels: int = 50_000_000,
     images_per_shard: int = 10_000,
     seed: int = 0,
     workers: int | None = None,
@@ -48,31 +60,75 @@ def pack(
     resized and encoded anew. Images that can't be used are listed in rejected.jsonl.
 
     Args:
-        source: Folders of `IDENTITY/IMAGE`, or tars of that; see `open_faces`.
+        source: Folders, tars and other files of faces; see `open_faces`.
         out: Folder of the shards: new, empty, or of an earlier packing of the same faces with the same settings.
         image_px: Side of the packed images, in pixels.
         quality: JPEG quality of images that are encoded anew, 1 to 100.
+        copy: Encode nothing anew: images that aren't JPEGs of image_px x image_px are rejected.
+        landmarks: List of five points per image, to align all images by; see `points_from_file`. Those that it
+            doesn't have are rejected.
+        detector: YuNet's file, to align all images by what it finds. Those without a face are rejected.
+        exclude: List of identities to leave out; see `apply_lists`.
+        merge: List of names that are one identity; see `apply_lists`.
+        min_images: Identities with fewer usable images are left out.
+        max_images: Usable images of an identity, by name, beyond this many are left out.
         min_px: Images whose shorter side has fewer pixels are rejected.
+        max_pixels: Images that state more pixels are rejected without being decoded.
         images_per_shard: A shard is closed before the identity that would exceed it.
         seed: Seed of the identities' order, which has nothing to do with names or sources.
         workers: Processes; null takes one per usable core.
 
     Raises:
-        FileNotFoundError: A source doesn't exist.
-        ValueError: A setting is out of bounds, a source can't be read or has no usable image, or `out` holds something
-            else; one line that names it.
+        FileNotFoundError: A file doesn't exist.
+        OSError: The disk is full.
+        ValueError: A setting is out of bounds, a source or list can't be read or has no usable image, or `out` holds
+            something else; one line that names it.
     """
     settings = PackSettings(
-        image_px=image_px, quality=quality, min_px=min_px, images_per_shard=images_per_shard, seed=seed
+        image_px=image_px,
+        quality=quality,
+        copy=copy,
+        alignment=_alignment(landmarks, detector),
+        min_px=min_px,
+        max_pixels=max_pixels,
+        min_images=min_images,
+        max_images=max_images,
+        images_per_shard=images_per_shard,
+        seed=seed,
     )
     if workers is not None and workers < 1:
         raise ValueError(f"pack: workers: expected 1 or more, got {workers}")
-    faces = open_faces(source)
-    fingerprint = faces.fingerprint()
-    _claim(out, {"format": FORMAT, "source": fingerprint, **asdict(settings)})
-    job = Job(faces, out, settings)
-    records = _run(job, _plan(faces, settings), workers or len(os.sched_getaffinity(0)))
-    return _merge(out, job, records, fingerprint)
+    points = points_from_file(landmarks) if landmarks else None
+    with _full_disk_named(out):
+        # Parquet's images are spooled to where there has to be room for the shards anyway.
+        spool_dir = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+        faces, left_out = apply_lists(open_faces(source, spool_dir=spool_dir), exclude=exclude, merge=merge)
+        fingerprint = faces.fingerprint()
+        _claim(out, {"format": FORMAT, "source": fingerprint, **asdict(settings)})
+        job = Job(faces, out, settings, points, detector)
+        records = _run(job, _plan(faces, settings), workers or len(os.sched_getaffinity(0)))
+        return _merge(job, records, fingerprint, left_out)
+
+
+@contextmanager
+def _full_disk_named(out: Path) -> Iterator[None]:
+    """Say which disk it is that is full: the system's message doesn't."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{out}: its disk is full; `facetrain pack`, run again with more room, goes on") from None
+
+
+def _alignment(landmarks: Path | None, detector: Path | None) -> str:
+    """Return what the manifest says of alignment, after a look at the files."""
+    if landmarks and detector:
+        raise ValueError(f"pack: expected landmarks or a detector, got {landmarks} and {detector}")
+    if detector:
+        check_detector(detector)
+    file = landmarks or detector
+    return f"{'landmarks' if landmarks else 'detector'} {sha256_of(file)}" if file else ""
 
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
@@ -120,14 +176,13 @@ def _run(job: Job, tasks: Sequence[Task], workers: int) -> list[Record]:
         min(workers, len(tasks)), multiprocessing.get_context("fork"), start_worker, (job,)
     ) as pool:
         try:
-            num_images = sum(task.num_images for task in tasks)
-            records = _in_parallel(pool, make_shard, [(task,) for task in tasks], num_images, "pack")
+            records = _in_parallel(pool, make_shard, [((task,), task.num_images) for task in tasks], "pack")
             records.sort(key=lambda record: record.number)
             # Where identities were dropped, the labels after them are too high: only now it is known by how much.
             first = np.cumsum([0, *(len(record.names) for record in records)]).tolist()
             moved = [(r, label) for r, label in zip(records, first, strict=False) if r.first_label != label]
-            num_images = sum(sum(record.num_images) for record, _ in moved)
-            for record in _in_parallel(pool, relabel_shard, moved, num_images, "relabel"):
+            relabellings = [((record, label), sum(record.num_images)) for record, label in moved]
+            for record in _in_parallel(pool, relabel_shard, relabellings, "relabel"):
                 records[record.number] = record
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -136,26 +191,25 @@ def _run(job: Job, tasks: Sequence[Task], workers: int) -> list[Record]:
 
 
 def _in_parallel(
-    pool: ProcessPoolExecutor,
-    make: Callable[..., Record],
-    tasks: Sequence[tuple[Any, ...]],
-    num_images: int,
-    doing: str,
+    pool: ProcessPoolExecutor, make: Callable[..., Record], tasks: Sequence[tuple[tuple[Any, ...], int]], doing: str
 ) -> list[Record]:
-    futures = [pool.submit(make, *task) for task in tasks]
+    """Call `make` with the arguments of each task; the number beside them is that of its images."""
+    num_images = {pool.submit(make, *arguments): count for arguments, count in tasks}
     records = []
-    with tqdm(total=num_images, unit="image", desc=doing, disable=None if tasks else True) as progress:
-        for future in as_completed(futures):
-            record = future.result()
-            records.append(record)
-            progress.update(sum(record.num_images) + sum("image" in line for line in record.rejected))
+    with tqdm(
+        total=sum(num_images.values()), unit="image", desc=doing, disable=None if num_images else True
+    ) as progress:
+        for future in as_completed(num_images):
+            records.append(future.result())
+            progress.update(num_images[future])
     return records
 
 
-def _merge(out: Path, job: Job, records: Sequence[Record], fingerprint: str) -> Manifest:
+def _merge(job: Job, records: Sequence[Record], fingerprint: str, left_out: Sequence[dict[str, str]]) -> Manifest:
     """Write what describes all shards together; the manifest comes last."""
+    out = job.out
     skipped = [{"image": image.name, "reason": image.reason} for image in job.faces.skipped]
-    lines = [*skipped, *chain.from_iterable(record.rejected for record in records)]
+    lines = [*left_out, *skipped, *chain.from_iterable(record.rejected for record in records)]
     lines.sort(key=lambda line: (line.get("image") or line["identity"], "image" in line))
     write_text(out / REJECTED_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     records = [record for record in records if record.names]

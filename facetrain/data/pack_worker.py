@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 
+from facetrain.data.align import FindPoints, YunetDetector
 from facetrain.data.index import part_of, save_array
 from facetrain.data.manifest import PackSettings, ShardInfo, write_text
 from facetrain.data.prepare import capture_complaints, prepare_image, take_complaint
@@ -32,6 +33,10 @@ class Job:
     """Folder of the shards."""
     settings: PackSettings
     """How they are packed."""
+    landmarks: FindPoints | None = None
+    """Finds the points that a list has, to align by."""
+    detector: Path | None = None
+    """YuNet's file, to align by."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,17 @@ class Record:
 
 _job: Job
 """The job of this worker process."""
+_find: FindPoints | None
+"""What it aligns photographs by."""
 
 
 def start_worker(job: Job) -> None:
     """Prepare a worker process."""
-    global _job
+    global _job, _find
     _job = job
     cv2.setNumThreads(0)
+    # A network is opened by each worker: it doesn't outlive a fork.
+    _find = YunetDetector(job.detector) if job.detector else job.landmarks
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback of its own
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -124,7 +133,11 @@ def relabel_shard(record: Record, first_label: int) -> Record:
 def _write(tar: Path, record: Record, samples: Iterator[tuple[str, bytes]]) -> Record:
     """Write tar, sidecar index and record, each at once or not at all; the record comes last."""
     part = part_of(tar)
-    write_shard(part, samples)
+    try:
+        write_shard(part, samples)
+    except BaseException:
+        part.unlink(missing_ok=True)  # of a full disk, it would take the last room
+        raise
     if record.names:
         record = replace(record, size_bytes=part.stat().st_size, sha256=sha256_of(part))
         _, places = index_shard(part)
@@ -160,20 +173,38 @@ def _record_path(tar: Path) -> Path:
 
 def _samples(task: Task, record: Record) -> Iterator[tuple[str, bytes]]:
     """Yield the usable images with their keys; fills the record on the way."""
+    fewest = _job.settings.min_images
     for name, images in task.identities:
-        num_usable = 0
-        for image in images:
-            jpeg, reason = _prepared(image)
-            if reason:
-                record.rejected.append({"image": _job.faces.names[image], "reason": reason})
-                continue
-            yield image_key(task.first_label + len(record.names), num_usable), jpeg
-            num_usable += 1
-        if num_usable:
-            record.names.append(name)
-            record.num_images.append(num_usable)
+        jpegs = _usable(images, record) if len(images) >= fewest else []
+        if len(jpegs) < fewest:
+            record.rejected.append({"identity": name, "reason": _too_few(len(jpegs), len(images))})
+            continue
+        for k, jpeg in enumerate(jpegs):
+            yield image_key(task.first_label + len(record.names), k), jpeg
+        record.names.append(name)
+        record.num_images.append(len(jpegs))
+
+
+def _usable(images: range, record: Record) -> list[bytes]:
+    """Return the JPEGs of one identity, and list in the record the images that it does without."""
+    most = _job.settings.max_images
+    jpegs = list[bytes]()
+    for image in images:
+        jpeg, reason = (b"", f"left out: beyond max_images, {most}") if len(jpegs) == most else _prepared(image)
+        if reason:
+            record.rejected.append({"image": _job.faces.names[image], "reason": reason})
         else:
-            record.rejected.append({"identity": name, "reason": f"dropped: all {len(images)} images were rejected"})
+            jpegs.append(jpeg)
+    return jpegs
+
+
+def _too_few(num_usable: int, num_images: int) -> str:
+    fewest = _job.settings.min_images
+    if num_images < fewest:
+        return f"dropped: {num_images} images, fewer than min_images, {fewest}"
+    if num_usable == 0:
+        return f"dropped: all {num_images} images were rejected"
+    return f"dropped: {num_usable} of {num_images} images are usable, fewer than min_images, {fewest}"
 
 
 def _prepared(image: int) -> tuple[bytes, str]:
@@ -183,7 +214,7 @@ def _prepared(image: int) -> tuple[bytes, str]:
     except PermissionError:
         return b"", "can't be read: permission denied"
     try:
-        jpeg, reason = prepare_image(data, _job.settings), ""
+        jpeg, reason = prepare_image(data, _job.settings, _find, _job.faces.names[image]), ""
     except ValueError as error:
         jpeg, reason = b"", str(error)
     complaint = take_complaint()

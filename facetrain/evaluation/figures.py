@@ -1,7 +1,4 @@
-"""Curves of an evaluation as PNG files: ROC, DET, DIR over FAR, CMC, and how scores are distributed.
-
-Sole importer of matplotlib, through its object interface, so that no global state and no display is touched.
-"""
+"""Curves of an evaluation as PNG files: ROC, DET, DIR over FAR, CMC, and how scores are distributed."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +8,7 @@ import numpy as np
 
 from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation
 from facetrain.evaluation.threshold import FloatArray
+from facetrain.figure import COLOURS, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +20,6 @@ FINEST_FAR = 1e-3
 NUM_BINS = 80
 """Bins of a histogram of scores."""
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: told apart by the colour-blind
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "os^Dv"
 
@@ -50,9 +47,9 @@ def _draw_roc(axes: "Axes", evaluation: Evaluation) -> None:
     assert outcome is not None  # save_figures leaves it out otherwise
     shown = outcome.roc.far > 0  # what a log axis can show
     far, vr = outcome.roc.far[shown], outcome.roc.vr[shown]
-    axes.step(far, vr, where="post", color=_COLOURS[0], label=f"verification: AUC {outcome.auc:.4f}")
+    axes.step(far, vr, where="post", color=COLOURS[0], label=f"verification: AUC {outcome.auc:.4f}")
     for number, (name, rate) in enumerate(outcome.vr_at_far.items(), start=1):
-        style: dict[str, Any] = {"color": _COLOURS[number], "marker": _MARKERS[number], "linestyle": "none"}
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": _MARKERS[number], "linestyle": "none"}
         axes.plot(rate.point.far_realised, rate.value, label=f"VR@FAR={name}: {rate.value:.2%}", zorder=3, **style)
     axes.set(xlabel="false accept rate (FAR)", ylabel="verification rate (VR)")
     axes.set_title(f"{evaluation.dataset}: verification, ROC")
@@ -65,10 +62,10 @@ def _draw_det(axes: "Axes", evaluation: Evaluation) -> None:
     assert outcome is not None  # as above
     missed = 1.0 - outcome.roc.vr
     shown = (outcome.roc.far > 0) & (missed > 0)  # what log axes can show
-    axes.step(outcome.roc.far[shown], missed[shown], where="post", color=_COLOURS[0], label="verification")
+    axes.step(outcome.roc.far[shown], missed[shown], where="post", color=COLOURS[0], label="verification")
     axes.axline((0.01, 0.01), (0.1, 0.1), color="0.4", linewidth=0.8, zorder=0)
     if outcome.eer > 0:
-        axes.plot(outcome.eer, outcome.eer, "o", color=_COLOURS[1], label=f"EER: {outcome.eer:.2%}")
+        axes.plot(outcome.eer, outcome.eer, "o", color=COLOURS[1], label=f"EER: {outcome.eer:.2%}")
     axes.set(xlabel="false accept rate (FAR)", ylabel="false reject rate (FRR = 1 - VR)", yscale="log")
     axes.set_title(f"{evaluation.dataset}: verification, DET")
     num_genuine = int(np.count_nonzero(outcome.is_genuine))
@@ -111,8 +108,8 @@ def _draw_histograms(
     bins = np.linspace(both.min() - 1e-3, both.max() + 1e-3, NUM_BINS + 1)
     for number, (label, scores) in enumerate((genuine, impostor)):
         shares = np.histogram(scores, bins)[0] / len(scores)
-        axes.stairs(shares, bins, fill=True, alpha=0.35, color=_COLOURS[number])
-        axes.stairs(shares, bins, color=_COLOURS[number], label=f"{label} ({len(scores):,})")
+        axes.stairs(shares, bins, fill=True, alpha=0.35, color=COLOURS[number])
+        axes.stairs(shares, bins, color=COLOURS[number], label=f"{label} ({len(scores):,})")
     for number, (label, threshold) in enumerate(thresholds.items()):
         axes.axvline(threshold, color="0.2", linewidth=1, linestyle=_DASHES[number], label=f"threshold of {label}")
     axes.set(xlabel="score (cosine similarity)", ylabel="share of the pairs or probes of a kind")
@@ -148,7 +145,7 @@ def _draw_cmc(axes: "Axes", evaluation: Evaluation) -> None:
         of_draws = f", mean and range of {len(draws)} draws" if len(draws) > 1 else ""
         label = f"{name}: rank-1 {mean[0]:.2%}{of_draws}"
         axes.plot(ranks, mean, marker=_MARKERS[number], markersize=4, label=label, **_style(number))
-        axes.fill_between(ranks, rates.min(axis=0), rates.max(axis=0), color=_COLOURS[number], alpha=0.15, linewidth=0)
+        axes.fill_between(ranks, rates.min(axis=0), rates.max(axis=0), color=COLOURS[number], alpha=0.15, linewidth=0)
     axes.set(xlabel="rank", ylabel="probes whose person has this rank or better", xticks=[1, 5, 10, 15, 20])
     axes.set_title(f"{evaluation.dataset}: closed-set identification, CMC")
     outcomes = [draw for draws in evaluation.closed.values() for draw in draws]
@@ -157,7 +154,7 @@ def _draw_cmc(axes: "Axes", evaluation: Evaluation) -> None:
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {"color": _COLOURS[number], "linestyle": _DASHES[number]}
+    return {"color": COLOURS[number], "linestyle": _DASHES[number]}
 
 
 def _log_far(axes: "Axes", *, from_far: float) -> None:
@@ -173,14 +170,9 @@ def _fit_rates(axes: "Axes", lowest: float, highest: float) -> None:
 
 
 def _save(path: Path, draw: Drawing, evaluation: Evaluation) -> Path:
-    from matplotlib.figure import Figure
+    def draw_rates(axes: "Axes") -> None:
+        draw(axes, evaluation)
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.4g}%")
+        axes.legend(loc="best", framealpha=0.9)
 
-    figure = Figure(figsize=(6.4, 4.4), dpi=160, layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes, evaluation)
-    axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.4g}%")
-    axes.grid(which="major", color="0.88")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="best", framealpha=0.9)
-    figure.savefig(path)
-    return path
+    return save_figure(path, draw_rates)

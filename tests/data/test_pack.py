@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -288,3 +289,31 @@ def test_real_faces_are_packed_byte_for_byte(tmp_path: Path) -> None:
         rank = image - source.identities.index(source.identities[image])
         assert shards.read(packed[image] + rank) == source.read(image)
     shards.verify()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 100 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system can't be mounted: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_is_named_and_with_more_room_packing_goes_on(
+    faces: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    out = small_disk / "out"
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"/disk/out: its disk is full; `facetrain pack`, run again with more room"):
+            pack([faces], out, images_per_shard=10, workers=1)
+        assert 1 <= len(list(out.glob("*.tar"))) < 9
+        assert list(out.glob("*.tar*.tmp")) == []
+        assert not (out / "manifest.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    pack([faces], out, images_per_shard=10, workers=2)
+    pack([faces], tmp_path / "whole", images_per_shard=10, workers=1)
+    assert files_of(out) == files_of(tmp_path / "whole")

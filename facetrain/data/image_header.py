@@ -1,0 +1,80 @@
+"""What the beginning of an image file says, without decoding it."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+
+_START_OF_SCAN = 0xDA
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the segment with a JPEG's size, one for each way of coding."""
+_CORE_HEADER_BYTES = 12
+"""Length of the BMP header of OS/2, whose numbers are shorter."""
+
+
+def stated_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height in pixels that a JPEG, PNG, BMP or WebP states; None for anything else.
+
+    Source: ITU-T T.81, the PNG specification, BITMAPINFOHEADER, RFC 9649 (WebP).
+    """
+    if data.startswith(JPEG_START):
+        return _jpeg_size(data)
+    if data.startswith(PNG_START) and len(data) >= 24:
+        return _number(data, 16, 4, order="big"), _number(data, 20, 4, order="big")
+    if data.startswith(b"BM") and len(data) >= 26:
+        if _number(data, 14, 4) == _CORE_HEADER_BYTES:
+            return _number(data, 18, 2), _number(data, 20, 2)
+        # A negative height only says that the rows begin at the top.
+        return _number(data, 18, 4), abs(_number(data, 22, 4, signed=True))
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP" and len(data) >= 30:
+        return _webp_size(data)
+    return None
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether a JPEG or PNG has its end mark; OpenCV 4 decodes a truncated one without complaint, half of it grey."""
+    if data.startswith(PNG_START):
+        return b"IEND" in data[-4096:]
+    if not data.startswith(JPEG_START):
+        return True
+    # The segments before the scan are passed over: a thumbnail in them has an end mark of its own.
+    return any(marker == _START_OF_SCAN and data.find(b"\xff\xd9", at) >= 0 for marker, at in _segments(data))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield marker and place of a JPEG's segments, up to the start of the first scan."""
+    at = len(JPEG_START)
+    while data[at : at + 1] == b"\xff" and at + 1 < len(data):
+        marker = data[at + 1]
+        if marker == 0xFF:  # filler
+            at += 1
+            continue
+        yield marker, at
+        if marker == _START_OF_SCAN:
+            return
+        at += 2 + _number(data, at + 2, 2, order="big")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    for marker, at in _segments(data):
+        if marker in _FRAMES:
+            return _number(data, at + 7, 2, order="big"), _number(data, at + 5, 2, order="big")
+    return None
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    match data[12:16]:
+        case b"VP8 ":
+            return _number(data, 26, 2) & 0x3FFF, _number(data, 28, 2) & 0x3FFF
+        case b"VP8L":
+            bits = _number(data, 21, 4)
+            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        case b"VP8X":
+            return 1 + _number(data, 24, 3), 1 + _number(data, 27, 3)
+    return None
+
+
+def _number(
+    data: bytes, at: int, size_bytes: int, *, order: Literal["little", "big"] = "little", signed: bool = False
+) -> int:
+    return int.from_bytes(data[at : at + size_bytes], order, signed=signed)

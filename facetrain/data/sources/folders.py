@@ -1,0 +1,133 @@
+"""Faces in a folder per identity; what a path of such folders says is the same for files and for members of a tar."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from facetrain.data.sources.faces import Face, Found, Reader, SkippedImage, printable
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""Files with other suffixes are no images and are passed over."""
+
+
+class Entry(NamedTuple):
+    """A file found in a folder or tar, before its name is judged."""
+
+    name: str
+    place: int
+    size_bytes: int
+    is_file: bool
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images that are files of their own; the place of one is its row in `files`."""
+
+    folder: Path
+    """What `files` are relative to."""
+    files: tuple[str, ...]
+    """Path of each image."""
+
+    def read(self, place: int, size_bytes: int) -> bytes:
+        """Return an image.
+
+        Raises:
+            ValueError: Its length has changed.
+        """
+        data = (self.folder / self.files[place]).read_bytes()
+        if len(data) != size_bytes:
+            changed = f"{size_bytes} bytes before, {len(data)} now"
+            raise ValueError(f"{self.where(place)}: changed while it was in use: {changed}")
+        return data
+
+    def where(self, place: int, name: str = "") -> str:
+        """Return the image's path."""
+        return str(self.folder / self.files[place])
+
+
+def open_folder(folder: Path) -> Found:
+    """Find the images of a folder of `IDENTITY/IMAGE`; see `by_folder`.
+
+    Links are followed. Hidden files, `__MACOSX` and files without an image's suffix are passed over.
+    """
+    files = list(_files_below(folder))
+    entries = [
+        Entry(name, row, (folder / name).stat().st_size if is_file else 0, is_file)
+        for row, (name, is_file) in enumerate(files)
+    ]
+    return by_folder(folder, entries, ImageFiles(folder, tuple(name for name, _ in files)))
+
+
+def by_folder(path: Path, entries: Sequence[Entry], reader: Reader) -> Found:
+    """Take the folder of each image as its identity.
+
+    Folders above the identities that most images of a path share (`lfw/Name/Name_0001.jpg`) are left out of the names.
+
+    Raises:
+        ValueError: No entry is an `IDENTITY/IMAGE`; the message names the path.
+    """
+    lead = _shared_lead([entry.name for entry in entries])
+    faults = [_fault(entry, lead) for entry in entries]
+    if all(faults):
+        found = f", found {printable(entries[0].name)!r}" if entries else ""
+        raise ValueError(f"{path}: no images in it: expected IDENTITY/IMAGE ({', '.join(IMAGE_SUFFIXES)}){found}")
+    return Found(
+        faces=[_face(entry) for entry, fault in zip(entries, faults, strict=True) if not fault],
+        skipped=[SkippedImage(printable(e.name), fault) for e, fault in zip(entries, faults, strict=True) if fault],
+        reader=reader,
+    )
+
+
+def is_image(name: str) -> bool:
+    """Whether a path is that of an image, to judge by its name."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return not hidden and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _files_below(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the images below a folder, and whether each is a file."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = [name for name in folders if not _is_circle(Path(root), name)]
+        for file in files:
+            path = Path(root, file)
+            name = path.relative_to(folder).as_posix()
+            if is_image(name):
+                yield name, path.is_file()
+
+
+def _is_circle(folder: Path, name: str) -> bool:
+    """Whether a folder is a link to one of those that lead to it."""
+    path = folder / name
+    return path.is_symlink() and folder.resolve().is_relative_to(path.resolve())
+
+
+def _shared_lead(names: Sequence[str]) -> str:
+    """Return the folders above the identity folders that most images share; none where there is no majority."""
+    leads = Counter("/".join(name.split("/")[:-2]) for name in names if "/" in name)
+    lead, count = leads.most_common(1)[0] if leads else ("", 0)
+    return lead if 2 * count > leads.total() else ""
+
+
+def _fault(entry: Entry, lead: str) -> str | None:
+    """Return why an entry can't be used, None where it can."""
+    if not entry.is_file:
+        return "bad name: a link, folder or device, not a file"
+    if printable(entry.name) != entry.name:
+        return "bad name: not UTF-8, or control characters"
+    *folders, _ = entry.name.split("/")
+    if not folders or "/".join(folders[:-1]) != lead:
+        return f"bad name: expected {lead + '/' if lead else ''}IDENTITY/IMAGE"
+    return None
+
+
+def _face(entry: Entry) -> Face:
+    *_, identity, image = entry.name.split("/")
+    return Face(identity, f"{identity}/{image}", entry.place, entry.size_bytes)
