@@ -149,20 +149,22 @@ class World:
             raise error
         return value  # type: ignore[return-value]
 
-    def on_all(self, function: Callable[[], None]) -> None:
-        """Call the function on every rank.
+    def on_all(self, function: Callable[[], ObjectT]) -> list[ObjectT]:
+        """Call the function on every rank and return the values of all, in rank order, on every rank.
 
         Raises:
             Exception: What it raised on the lowest rank where it did, on every rank, so that all fail together.
         """
-        error = None
+        value, error = None, None
         try:
-            function()
+            value = function()
         except Exception as caught:
             error = caught
-        errors = [e for e in self.all_gather_object(error) if e is not None]
-        if errors:
-            raise errors[0]
+        answers = self.all_gather_object((value, error))
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [value for value, _ in answers]  # type: ignore[misc]
 
 
 @contextmanager

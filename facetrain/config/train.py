@@ -46,12 +46,15 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, besides the best."""
+    max_failed_saves: int = 3
+    """Checkpoints in a row that can't be written, as on a full disk, without ending the training."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
         at_least("train.global_pairs", self.global_pairs, 2)
         for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        at_least("train.max_failed_saves", self.max_failed_saves, 0)
         at_least("train.steps", self.steps, 0)
         at_least("train.warmup_steps", self.warmup_steps, 0)
         if self.micro_pairs is not None:
