@@ -26,6 +26,7 @@ FREE_KEYS = (
     "train.save_every_steps",
     "train.keep_checkpoints",
     "train.max_failed_saves",
+    "train.straggler_factor",
     "eval.every_steps",
     "eval.at_start",
     "eval.dataset",

@@ -22,8 +22,8 @@ from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
+from facetrain.heartbeat import Heartbeat
 from facetrain.inputs import Inputs, open_inputs
-from facetrain.losses.npair import NPairLoss
 from facetrain.masking import mask_secrets
 from facetrain.mining.miner import Miner
 from facetrain.models import build_backbone, convert_sync_batchnorm
@@ -31,6 +31,7 @@ from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.saver import Saver
 from facetrain.step import train_step
 from facetrain.stop import StopRequest
+from facetrain.stragglers import StepClock, TimedLoss
 from facetrain.tracking import Tracker
 from facetrain.weights import init_weights_from, load_weights, save_weights
 from facetrain.world import World, start_world
@@ -69,7 +70,8 @@ class Run:
         self.config, self.inputs, self.folder, self.world = config, inputs, folder, world
         self.plan, self.judge = inputs.plan, inputs.judge
         backbone, self.state = self._initial_state()
-        self.loss = NPairLoss(config.loss, world)
+        self.clock = StepClock(world, factor=config.train.straggler_factor)
+        self.loss = TimedLoss(config.loss, world, self.clock)
         self.engine = Engine(
             backbone, config.train, world, pairs_per_rank=pairs_per_rank(config.train.global_pairs, world.world_size)
         )
@@ -112,13 +114,15 @@ class Run:
             last_step=config.train.steps,
             pin_memory=self.world.device.type == "cuda",
         )
-        with loader, StopRequest(self.world) as stop:
+        with loader, StopRequest(self.world) as stop, Heartbeat(self.world) as heartbeat:
             while state.step < config.train.steps:
                 if stop.is_due():  # the same answer on all ranks
                     self._save(must=True)
                     log.info(f"stopped at step {state.step} on request; the same command goes on from there")
                     return
                 self._mine_if_due()
+                heartbeat.step = state.step
+                self.clock.begin()
                 batch = next(loader).to(self.world.device)
                 waited_s += loader.wait_s
                 self._seed_random_layers()
@@ -132,7 +136,7 @@ class Run:
 
                 if self._due(config.train.log_every_steps):
                     self._stop_if_not_finite()
-                    figures = stats.read(self.world)  # waits for the device, so the clock comes after it
+                    figures = stats.read(self.world)  # waits for the device, so the time comes after it
                     steps, now = state.step - logged_step, time.perf_counter()
                     self._log(figures, rate, step_s=(now - logged_at) / steps, wait_s=waited_s / steps)
                 if self._due(config.eval.every_steps) and state.step < config.train.steps:
@@ -192,7 +196,10 @@ class Run:
     def _log(self, figures: dict[str, float], rate: float, *, step_s: float, wait_s: float) -> None:
         images_per_s = 2 * self.config.train.global_pairs / step_s
         drawn = self.state.draws[self.inputs.split.train]
-        figures |= {
+        rank_figures, straggler = self.clock.read()  # over all ranks
+        if straggler:
+            log.warning(straggler)
+        figures |= rank_figures | {
             "train/learning_rate": rate,
             "train/images_per_s": images_per_s,
             "train/step_s": step_s,
