@@ -64,8 +64,8 @@ class StepClock:
         """Return a moment: of the host's clock in seconds, or an event of the device."""
         if self.world.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
         return event
 
 

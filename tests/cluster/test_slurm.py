@@ -63,6 +63,7 @@ def test_a_job_of_two_nodes_trains_and_one_that_is_warned_goes_on_to_the_same_we
     slurm.run("scancel", "--signal=USR1", "--batch", warned)
     slurm.wait(warned, "PENDING")
     assert "on request; the same command goes on from there" in log.read_text()
+    slurm.wait_for_nodes()  # started again while its end is still being cleared up, a job fails
     slurm.run("scontrol", "update", f"jobid={warned}", "StartTime=now")  # SLURM lets a requeued job wait two minutes
     assert slurm.wait(warned, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
     assert "continues at step" in log.read_text()
