@@ -44,6 +44,6 @@ def submit(script: str) -> str:
         f"job {job}\n"
         f"  follow   tail -F facetrain-{job}.log      each rank's own log is below facetrain-{job}/\n"
         f"  state    squeue -j {job}\n"
-        f"  end      scancel {job}      saves a checkpoint first\n"
-        f"  requeue  scancel --signal=USR1 --batch {job}      saves, and goes on when the queue lets it"
+        f"  end      scancel {job}\n"
+        f"  requeue  scancel --signal=USR1 --batch {job}      saves now, and goes on when SLURM starts it again"
     )
