@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 
 from facetrain import __version__
 from facetrain.command_line import say, user_errors
+from facetrain.commands.cluster import doctor, launch
 from facetrain.commands.data import audit, inspect, pack, synth
 from facetrain.commands.evaluation import compare, lfw
 from facetrain.commands.retrieval import retrieval
-from facetrain.commands.training import check, estimate, train
+from facetrain.commands.training import check, estimate, sync, train
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     command.__name__: command
-    for command in (synth, pack, inspect, audit, train, check, estimate, lfw, compare, retrieval)
+    for command in (
+        *(synth, pack, inspect, audit, train, check, estimate, doctor, launch, sync, lfw, compare, retrieval),
+    )
 }
 
 _USAGE = "usage: facetrain COMMAND ...\n\n" + "\n".join(

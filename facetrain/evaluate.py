@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from facetrain.checkpoint import load_backbone
 from facetrain.config import DataConfig, RunConfig
 from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
 from facetrain.data.decode import decode_face, present_face, thumbnail
@@ -25,6 +24,7 @@ from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.report import report_to_folder
 from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
+from facetrain.weights import load_backbone
 from facetrain.world import World, start_world
 
 BIN_FOLDS = 10

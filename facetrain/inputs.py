@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from facetrain.checkpoint import init_weights_from
 from facetrain.config import Config
 from facetrain.data.plan import Plan, pairs_per_rank
 from facetrain.data.shards import ShardSet
@@ -11,6 +10,7 @@ from facetrain.data.split import IdentitySplit, split_identities
 from facetrain.evaluation.judge import Judge
 from facetrain.mining.mode import check_mode
 from facetrain.models import build_backbone
+from facetrain.weights import init_weights_from
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """The run folder: whether it is new, to be continued, or finished; and the log inside it."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from facetrain.checkpoint import newest_checkpoint, save_config
+from facetrain.checkpoint_folder import newest_checkpoint, tidy
 from facetrain.command_line import differing_keys, load_config
 from facetrain.config import Config
+from facetrain.lock import hold_folder
+from facetrain.weights import save_config
+from facetrain.world import World
 
 # What may change between an interruption and its continuation: nothing that the weights depend on.
 FREE_KEYS = (
@@ -20,6 +25,8 @@ FREE_KEYS = (
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.max_failed_saves",
+    "train.straggler_factor",
     "eval.every_steps",
     "eval.at_start",
     "eval.dataset",
@@ -42,7 +49,9 @@ class RunFolder:
     path: Path
     """`run.dir`."""
     resume_from: Path | None
-    """The newest checkpoint's folder; None starts from step 0."""
+    """The folder of the newest checkpoint that is whole; None starts from step 0."""
+    damaged: dict[Path, str]
+    """Checkpoints that would be newer, and what is wrong with each."""
     is_finished: bool
     """Whether the run has its results already."""
 
@@ -52,16 +61,21 @@ def open_run_folder(config: Config) -> RunFolder:
 
     Raises:
         ValueError: The folder holds a run of another config (the keys are named), a run where a fresh folder was
-            asked for, or none where one must be.
+            asked for, none where one must be, or checkpoints of which none is whole.
     """
     path = Path(config.run.dir)
-    stored, newest = path / "config.yaml", newest_checkpoint(path)
+    stored, (newest, damaged) = path / "config.yaml", newest_checkpoint(path)
+    if damaged and newest is None:
+        each = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged.items())
+        raise ValueError(
+            f"{path / 'checkpoints'}: no checkpoint is whole ({each}); remove that folder to start from step 0"
+        )
     if not stored.is_file():
         if newest is not None:
             raise ValueError(f"{stored}: missing, though {newest} is there; put it back, or give another run.dir")
         if config.run.resume == "must":
             raise ValueError(f"run.resume: 'must' continues a run, but {path} holds none")
-        return RunFolder(path=path, resume_from=None, is_finished=False)
+        return RunFolder(path=path, resume_from=None, damaged={}, is_finished=False)
     if config.run.resume == "never":
         raise ValueError(f"run.dir: {path} holds a run already, expected a fresh folder with run.resume=never")
     differing = differing_keys(load_config(stored), config, ignore=FREE_KEYS)
@@ -70,16 +84,39 @@ def open_run_folder(config: Config) -> RunFolder:
             f"run.dir: {path} holds a run of another config ({'; '.join(differing)});"
             " give the same config to continue it, or another run.dir"
         )
-    return RunFolder(path=path, resume_from=newest, is_finished=(path / "results.json").is_file())
+    return RunFolder(path=path, resume_from=newest, damaged=damaged, is_finished=_is_finished(path))
 
 
-def claim_run_folder(config: Config) -> RunFolder:
-    """Open the folder and, unless the run is finished, store the resolved config, which starts the same run again."""
-    folder = open_run_folder(config)
-    if not folder.is_finished:
-        (folder.path / "logs").mkdir(parents=True, exist_ok=True)
-        save_config(config, folder.path)
-    return folder
+@contextmanager
+def claim_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
+    """Open the folder for all ranks and, unless the run is finished, hold it for this job alone.
+
+    Rank 0 holds it and stores the resolved config, which starts the same run again.
+
+    Raises:
+        ValueError: As `open_run_folder`, or another job holds the folder; on every rank.
+    """
+    with ExitStack() as held:
+
+        def claim() -> RunFolder:
+            path = Path(config.run.dir)
+            if not path.is_dir():
+                open_run_folder(config)  # before anything is made
+                path.mkdir(parents=True)
+            if not _is_finished(path):
+                held.enter_context(hold_folder(path, name=f"run.dir: {path}"))
+            folder = open_run_folder(config)
+            if not folder.is_finished:
+                (path / "logs").mkdir(exist_ok=True)
+                save_config(config, path)
+                tidy(path, folder.damaged)
+            return folder
+
+        yield world.on_main(claim)
+
+
+def _is_finished(path: Path) -> bool:
+    return (path / "results.json").is_file()
 
 
 def start_logging(path: Path | None) -> None:

@@ -12,17 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from facetrain.checkpoint import (
-    TrainState,
-    checkpoint_folder,
-    init_weights_from,
-    load_optimizer,
-    load_state,
-    load_table_rows,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
+from facetrain.checkpoint import TrainState, load_optimizer, load_state, load_table_rows
+from facetrain.checkpoint_folder import checkpoint_folder
 from facetrain.command_line import config_yaml, parse_config, run_command
 from facetrain.config import Config
 from facetrain.data.loader import PairLoader
@@ -31,14 +22,18 @@ from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
+from facetrain.heartbeat import Heartbeat
 from facetrain.inputs import Inputs, open_inputs
-from facetrain.losses.npair import NPairLoss
+from facetrain.masking import mask_secrets
 from facetrain.mining.miner import Miner
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
+from facetrain.saver import Saver
 from facetrain.step import train_step
 from facetrain.stop import StopRequest
+from facetrain.stragglers import StepClock, TimedLoss
 from facetrain.tracking import Tracker
+from facetrain.weights import init_weights_from, load_weights, save_weights
 from facetrain.world import World, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
@@ -56,8 +51,10 @@ def train(config: Config) -> None:
         ValueError: The config, the shards, the evaluation lists or the run folder can't be used; one line says why.
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    with start_world(config.run.device, config.run.timeout_s) as world:
-        folder = world.on_main(lambda: claim_run_folder(config))
+    with (
+        start_world(config.run.device, config.run.timeout_s) as world,
+        claim_run_folder(config, world) as folder,
+    ):
         start_logging(folder.path if world.is_main else None)
         if folder.is_finished:
             log.info(f"{folder.path} is finished: results are in {folder.path / 'results.json'}")
@@ -73,13 +70,15 @@ class Run:
         self.config, self.inputs, self.folder, self.world = config, inputs, folder, world
         self.plan, self.judge = inputs.plan, inputs.judge
         backbone, self.state = self._initial_state()
-        self.loss = NPairLoss(config.loss, world)
+        self.clock = StepClock(world, factor=config.train.straggler_factor)
+        self.loss = TimedLoss(config.loss, world, self.clock)
         self.engine = Engine(
             backbone, config.train, world, pairs_per_rank=pairs_per_rank(config.train.global_pairs, world.world_size)
         )
         if folder.resume_from is not None:
             load_optimizer(folder.resume_from, self.engine)
         self.tracker = Tracker(config.tracking, folder.path, world, parameters=config.flat())
+        self.saver = Saver(folder.path, config, world, self.state)
         mines = config.mining.mode != "off"
         self.miner = Miner(config, inputs.shards, inputs.split.train, world) if mines else None
         self.finite = FiniteWatch(world)
@@ -115,13 +114,15 @@ class Run:
             last_step=config.train.steps,
             pin_memory=self.world.device.type == "cuda",
         )
-        with loader, StopRequest(self.world) as stop:
+        with loader, StopRequest(self.world) as stop, Heartbeat(self.world) as heartbeat:
             while state.step < config.train.steps:
                 if stop.is_due():  # the same answer on all ranks
-                    self._save()
+                    self._save(must=True)
                     log.info(f"stopped at step {state.step} on request; the same command goes on from there")
                     return
                 self._mine_if_due()
+                heartbeat.step = state.step
+                self.clock.begin()
                 batch = next(loader).to(self.world.device)
                 waited_s += loader.wait_s
                 self._seed_random_layers()
@@ -135,7 +136,7 @@ class Run:
 
                 if self._due(config.train.log_every_steps):
                     self._stop_if_not_finite()
-                    figures = stats.read(self.world)  # waits for the device, so the clock comes after it
+                    figures = stats.read(self.world)  # waits for the device, so the time comes after it
                     steps, now = state.step - logged_step, time.perf_counter()
                     self._log(figures, rate, step_s=(now - logged_at) / steps, wait_s=waited_s / steps)
                 if self._due(config.eval.every_steps) and state.step < config.train.steps:
@@ -195,7 +196,10 @@ class Run:
     def _log(self, figures: dict[str, float], rate: float, *, step_s: float, wait_s: float) -> None:
         images_per_s = 2 * self.config.train.global_pairs / step_s
         drawn = self.state.draws[self.inputs.split.train]
-        figures |= {
+        rank_figures, straggler = self.clock.read()  # over all ranks
+        if straggler:
+            log.warning(straggler)
+        figures |= rank_figures | {
             "train/learning_rate": rate,
             "train/images_per_s": images_per_s,
             "train/step_s": step_s,
@@ -213,11 +217,11 @@ class Run:
             f"  lr {rate:.2e}  {images_per_s:7.1f} images/s  wait {wait_s / step_s:5.1%}"
         )
 
-    def _save(self) -> None:
+    def _save(self, *, must: bool = False) -> None:
         self._stop_if_not_finite()  # a checkpoint is never of a network that is lost
         self.state.mined = self.plan.pending(self.state.step)
         table = self.miner.table.state() if self.miner and self.miner.table else {}
-        save_checkpoint(self.folder.path, self.engine, self.state, self.config, self.world, table_rows=table)
+        self.saver.save(self.engine, self.state, table_rows=table, must=must)
 
     def _log_judgement(self, judgement: Judgement) -> None:
         """Record how good the network is, and whether it is the best so far by `eval.best_metric`."""
@@ -237,7 +241,7 @@ class Run:
         config, split, world = self.config, self.inputs.split, self.world
         parameters = sum(p.numel() for p in self.engine.backbone.parameters())
         pairs, steps = config.train.global_pairs, config.train.steps
-        log.info(f"config\n{config_yaml(config).rstrip()}")
+        log.info(f"config\n{mask_secrets(config_yaml(config)).rstrip()}")
         log.info(split.describe())
         if split.unknown_names:
             log.warning(f"data.exclude: not in the shards: {', '.join(split.unknown_names)}")
@@ -253,13 +257,15 @@ class Run:
         )
         if self.miner:
             log.info(self.miner.mode.describe())
+        for checkpoint, damage in self.folder.damaged.items():
+            log.warning(f"{checkpoint}: damaged ({damage}); kept as {checkpoint.name}.damaged, the one before is used")
         if self.folder.resume_from is not None:
             log.info(f"continues at step {self.state.step} from {self.folder.resume_from}")
 
     def _finish(self) -> None:
         """Save, evaluate, and write what others read; results.json comes last, since it says that a run is finished."""
         path, state = self.folder.path, self.state
-        self._save()
+        self._save(must=True)
         judgement = self.judge.judge(self.engine.backbone, self.world, progress=True)
         self._log_judgement(judgement)
         weights = self.engine.weights()  # over all ranks

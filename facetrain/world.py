@@ -122,6 +122,10 @@ class World:
 
         return answer
 
+    def open_board(self) -> "Board":
+        """Return where ranks leave notes for each other; for more than one rank."""
+        return Board(self.world_size)
+
     def limit_waiting(self) -> None:
         """Give every process group of this process the run's timeout.
 
@@ -149,20 +153,22 @@ class World:
             raise error
         return value  # type: ignore[return-value]
 
-    def on_all(self, function: Callable[[], None]) -> None:
-        """Call the function on every rank.
+    def on_all(self, function: Callable[[], ObjectT]) -> list[ObjectT]:
+        """Call the function on every rank and return the values of all, in rank order, on every rank.
 
         Raises:
             Exception: What it raised on the lowest rank where it did, on every rank, so that all fail together.
         """
-        error = None
+        value, error = None, None
         try:
-            function()
+            value = function()
         except Exception as caught:
             error = caught
-        errors = [e for e in self.all_gather_object(error) if e is not None]
-        if errors:
-            raise errors[0]
+        answers = self.all_gather_object((value, error))
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [value for value, _ in answers]  # type: ignore[misc]
 
 
 @contextmanager
@@ -197,6 +203,23 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
 
 
 _LAUNCHER_KEYS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+class Board:
+    """A short note of each rank, kept by rank 0's process: reading and writing waits for no other rank."""
+
+    def __init__(self, world_size: int) -> None:
+        self._keys = [f"facetrain/note/{rank}" for rank in range(world_size)]
+        self._store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own, for any thread
+        self._store.set_timeout(timedelta(seconds=10))
+
+    def write(self, rank: int, note: str) -> None:
+        """Replace a rank's note; RuntimeError where rank 0 can't be reached."""
+        self._store.set(self._keys[rank], note)
+
+    def read(self) -> list[str]:
+        """Return all ranks' notes, once each has written one; RuntimeError where rank 0 can't be reached."""
+        return [note.decode() for note in self._store.multi_get(self._keys)]
 
 
 class GatherInFlight:

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Trains on one machine or several; run it once on each.
 #   bash launch/torchrun.sh [--nproc-per-node W] -- --config configs/quickstart.yaml [--section.key value ...]
+# --doctor before the -- checks and measures the machines instead of training.
 # Several machines: NNODES=2 NODE_RANK=0 MASTER_ADDR=first-host MASTER_PORT=29500 bash launch/torchrun.sh ...
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 processes=1
+program=(facetrain.train)
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case "$1" in
         --nproc-per-node)
@@ -14,7 +16,8 @@ while [[ $# -gt 0 && "$1" != -- ]]; do
             processes="$2" && shift
             ;;
         --nproc-per-node=*) processes="${1#*=}" ;;
-        *) fail "$1: expected --nproc-per-node W, then -- and the flags of the training" ;;
+        --doctor) program=(facetrain doctor --distributed) ;;
+        *) fail "$1: expected --nproc-per-node W or --doctor, then -- and the flags of the training" ;;
     esac
     shift
 done
@@ -34,5 +37,7 @@ else
 fi
 
 use_environment
-[[ "$node" != 0 ]] || check_config $((nodes * processes)) "$@"
-exec python3 -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" -m facetrain.train "$@"
+if [[ "$node" == 0 && "${program[0]}" == facetrain.train ]]; then
+    check_config $((nodes * processes)) "$@"
+fi
+exec python3 -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" -m "${program[@]}" "$@"

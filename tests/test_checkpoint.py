@@ -3,18 +3,12 @@ import pytest
 import torch
 from distributed.ranks import run_ranks
 
-from facetrain.checkpoint import (
-    TrainState,
-    load_backbone,
-    load_optimizer,
-    load_state,
-    load_table_rows,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from facetrain.checkpoint import TrainState, load_optimizer, load_state, load_table_rows, save_checkpoint
+from facetrain.checkpoint_folder import newest_checkpoint
 from facetrain.config import Config, DataConfig, ModelConfig, TrainConfig
 from facetrain.engine import Engine
 from facetrain.models import build_backbone
+from facetrain.weights import load_backbone
 
 SAVED = [("sgd", 2), ("sgd", 3), ("adamw", 2), ("adamw", 3)]
 
@@ -70,7 +64,7 @@ def resume(world, folder):
     final = []
     for optimizer, saved_stage in SAVED:
         for zero_stage in (0, 1, 3):
-            newest = newest_checkpoint(folder / f"{optimizer}-{saved_stage}")
+            newest, _ = newest_checkpoint(folder / f"{optimizer}-{saved_stage}")
             backbone, _ = load_backbone(newest)
             engine = Engine(backbone, config_of(optimizer, zero_stage).train, world, pairs_per_rank=4)
             load_optimizer(newest, engine)
@@ -123,7 +117,7 @@ def test_the_newest_and_the_best_are_kept_and_leftovers_are_ignored(tmp_path):
     run_ranks(save_many, 1, tmp_path)
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("step-*"))
     assert kept == ["step-00000002", "step-00000003", "step-00000004"]
-    newest = newest_checkpoint(tmp_path)
+    newest, _ = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000004"
 

@@ -7,7 +7,21 @@ from commands import assert_user_error, facetrain, run
 import facetrain as package
 from facetrain.cli import main
 
-COMMANDS = ["synth", "pack", "inspect", "audit", "train", "check", "estimate", "lfw", "compare", "retrieval"]
+COMMANDS = [
+    "synth",
+    "pack",
+    "inspect",
+    "audit",
+    "train",
+    "check",
+    "estimate",
+    "doctor",
+    "launch",
+    "sync",
+    "lfw",
+    "compare",
+    "retrieval",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -74,6 +88,13 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["compare", "a.npz", "run"], ["--images", "run"]),
         (["compare", "a.npz", "b.npz", "--images", "i"], ["--images"]),
         (["lfw", "--embeddings", "e.npz", "--pairs", "p", "--out", "o", "--search", "ivf"], ["--distractors"]),
+        (["doctor", "--distributed"], ["--distributed", "launch/torchrun.sh --doctor"]),
+        (["doctor", "--train.stepz", "3"], ["train.stepz"]),
+        (["launch", "slurm"], ["config"]),
+        (["launch", "pbs", "--config", "c"], ["pbs", "slurm"]),
+        (["launch", "slurm", "--config", "nowhere.yaml", "--nodes", "2"], ["nowhere.yaml"]),
+        (["launch", "slurm", "--config", "c", "--nodes", "0"], ["--nodes", "1 or more", "0"]),
+        (["sync", "nowhere"], ["nowhere", "run folder"]),
         (["retrieval", "--out", "o"], ["--checkpoint", "--embeddings"]),
         (["retrieval", "--out", "o", "--embeddings", "e.npz", "--images", "i"], ["--checkpoint"]),
         (["retrieval", "--out", "o", "--embeddings", "nowhere.npz"], ["nowhere.npz"]),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from commands import CONFIGS, ROOT, SCRIPTS, assert_user_error, run
+from commands import CONFIGS, ROOT, SCRIPTS, assert_user_error, facetrain, run
 
 
 def launch(script: str, *words: str | Path, cwd: Path, **env: str):  # type: ignore[no-untyped-def]
@@ -74,6 +74,44 @@ def test_quickstart_names_a_wrong_argument_before_anything_is_made(
     words: list[str], named: list[str], tmp_path: Path
 ) -> None:
     assert_user_error(launch("quickstart.sh", *words, cwd=tmp_path), *named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_script_of_the_job(tmp_path: Path) -> None:
+    words = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "1:00:00", "--dry-run")
+    done = facetrain("launch", "slurm", "--config", CONFIGS[0], *words, "--", "--run.dir", "my run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    template = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
+    added = [line for line in done.stdout.splitlines() if line not in template]
+    directives = ["--nodes=2", "--gpus-per-node=4", "--partition=gpu", "--time=1:00:00"]
+    root, arguments = f"FACETRAIN_ROOT={ROOT}", f"set -- --config {CONFIGS[0]} --run.dir 'my run'"
+    assert added == [*(f"#SBATCH {directive}" for directive in directives), root, arguments]
+    assert [line for line in template if line not in done.stdout.splitlines()] == []
+    (tmp_path / "job.sbatch").write_text(done.stdout)
+    assert run("bash", "-n", tmp_path / "job.sbatch").returncode == 0
+
+
+def test_what_can_not_be_launched_is_said_before_it_is_submitted(tmp_path: Path) -> None:
+    config = ("launch", "slurm", "--config", CONFIGS[0])
+    wrong = facetrain(*config, "--dry-run", "--", "--train.stepz", "3", cwd=tmp_path)
+    assert_user_error(wrong, "train.stepz")
+    uneven = facetrain(*config, "--nodes", "7", "--gpus-per-node", "5", "--dry-run", cwd=tmp_path)
+    assert_user_error(uneven, "train.global_pairs", "35")
+    assert_user_error(facetrain(*config, cwd=tmp_path, PATH="/nowhere"), "sbatch: not found", "--dry-run")
+
+
+def test_the_doctor_measures_what_a_config_needs(tmp_path: Path) -> None:
+    words = ("--doctor", "--nproc-per-node", "2", "--", "--config", CONFIGS[0], "--data.shards", "nowhere")
+    done = launch("torchrun.sh", *words, "--run.dir", "runs/new", cwd=tmp_path)
+    assert done.returncode != 0
+    found = {line[:20].strip(): line[21:] for line in done.stdout.splitlines()}
+    assert "2 on 1 hosts" in found["ok    ranks"]
+    assert found["ok    run folder"] == f"{tmp_path}: seen by all ranks"
+    assert found["ok    lock"] == f"{tmp_path}: keeps a second job out"
+    assert "no shards" in found["FAIL  shards"]
+    assert "GB/s from each rank (gradients)" in done.stdout
+    assert "us for an all-reduce of 4 bytes" in found["ok    latency"]
+    assert "error: 1 of " in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

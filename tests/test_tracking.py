@@ -1,10 +1,22 @@
+import http.server
 import json
+import os
 import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
 
 from facetrain.config import TrackingConfig
-from facetrain.tracking import Tracker
+from facetrain.tracking import Tracker, sync
+from facetrain.tracking import tracker as tracker_module
+from facetrain.tracking.outbox import Outbox
 from facetrain.world import World
 
 mlflow = pytest.importorskip("mlflow")
@@ -21,9 +33,12 @@ def rows(folder):
 
 
 def test_a_resumed_job_continues_its_run_and_logs_each_step_once(tmp_path):
-    first = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4, "data.workers": 1})
+    (tmp_path / "logs").mkdir()
+    parameters = {"train.steps": 4, "data.workers": 1, "data.shards": "https://me:pass@host/faces"}
+    first = Tracker(TrackingConfig(), tmp_path, World(), parameters=parameters)
     for step in (1, 2):
         first.metrics(step, {"train/loss": 1.0 / step})
+    first.finish(status="KILLED")
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "tra')  # cut off by a crash
 
     again = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4, "data.workers": 2})
@@ -37,22 +52,194 @@ def test_a_resumed_job_continues_its_run_and_logs_each_step_once(tmp_path):
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("facetrain").experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params == {"train.steps": "4", "data.workers": "1"}
+    assert run.data.params == {"train.steps": "4", "data.workers": "1", "data.shards": "https://***@host/faces"}
     assert run.data.tags["version.torch"]
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["results.json"]
 
 
-def test_a_server_that_is_not_there_stops_nothing(tmp_path, monkeypatch, caplog):
+class BadServer(http.server.ThreadingHTTPServer):
+    """Takes every request, and either never answers or answers 500."""
+
+    daemon_threads = True
+
+    def __init__(self, behaviour):
+        super().__init__(("127.0.0.1", 0), _BadAnswers)
+        self.behaviour = behaviour
+        self.closing = threading.Event()
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return f"http://me:secret@127.0.0.1:{self.server_address[1]}"
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+
+
+class _BadAnswers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.server.behaviour == "hangs":
+            self.server.closing.wait()
+        else:
+            self.send_error(500)
+
+    do_POST = do_GET  # noqa: N815 - the library's name
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("behaviour", ["hangs", "answers 500", "isn't there"])
+def test_a_bad_server_neither_stops_nor_slows_training_and_gets_all_of_it_later(
+    tmp_path, monkeypatch, caplog, behaviour
+):
+    sqlite = os.environ["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with BadServer(behaviour) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri if behaviour != "isn't there" else "http://127.0.0.1:9")
+        tracker = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4})
+        began_at = time.perf_counter()
+        for step in range(300):
+            tracker.metrics(step, {"train/loss": 1.0, "train/grad_norm": 2.0})
+        assert time.perf_counter() - began_at < 300 * 1e-3  # a millisecond each, at most
+        (tmp_path / "results.json").write_text("{}")
+        tracker.artifacts(tmp_path / "results.json")
+        tracker.finish()
+        assert time.perf_counter() - began_at < tracker_module.CLOSE_WAIT_S
+        assert "secret" not in tracker.where()
+    assert "training goes on" in caplog.text
+    assert f"`facetrain sync {tmp_path}`" in caplog.text
+    assert "secret" not in caplog.text
+    assert len(rows(tmp_path)) == 300
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite)
+    for _ in range(2):  # the second time there is nothing left
+        sync(tmp_path)
+    run, history = tracked_run()
+    assert [metric.step for metric in history] == list(range(300))
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)] == ["results.json"]
+
+
+def tracked_run():
+    """Return the one run that MLflow knows, and what it was told of its loss."""
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("facetrain").experiment_id])
+    return run, client.get_metric_history(run.info.run_id, "train/loss")
+
+
+@contextmanager
+def mlflow_server(port, folder):
+    """A real server; killed at the end, with all its processes."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/served"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = psutil.Popen(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, **quiet)
+    try:
+        wait_until(lambda: answers(port), timeout_s=60)
+        yield
+    finally:
+        for process in [*server.children(recursive=True), server]:
+            process.kill()
+        server.wait()
+
+
+def answers(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def wait_until(is_true, timeout_s=30.0):
+    give_up_at = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)
+
+
+class LossyProxy(socketserver.ThreadingTCPServer):
+    """Passes every request on, and drops the first answers instead of passing them back."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, target_port, num_lost):
+        super().__init__(("127.0.0.1", 0), _Pass)
+        self.target_port, self.num_lost = target_port, num_lost
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Pass(socketserver.BaseRequestHandler):
+    def handle(self):
+        with socket.create_connection(("127.0.0.1", self.server.target_port)) as target:
+            threading.Thread(target=self.pass_on, args=(target,), daemon=True).start()
+            while data := target.recv(65536):
+                if self.server.num_lost > 0:
+                    self.server.num_lost -= 1
+                    return
+                self.request.sendall(data)
+
+    def pass_on(self, target):
+        with suppress(OSError):
+            while data := self.request.recv(65536):
+                target.sendall(data)
+
+
+@pytest.mark.slow
+def test_a_server_killed_and_started_again_and_answers_that_are_lost_leave_one_run_with_each_figure_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tracker_module, "RETRY_AFTER_S", 0.2)
+    monkeypatch.setattr(tracker_module, "CLOSE_WAIT_S", 10.0)
+    port = free_port()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+
+    tracker = Tracker(TrackingConfig(), run_dir, World(), parameters={"train.steps": 4})  # down at the start
+    tracker.metrics(1, {"train/loss": 1.0})
+    assert not Outbox.open(run_dir).is_empty()
+    for step in (2, 3):  # up, then killed in the middle, and up again
+        with mlflow_server(port, tmp_path):
+            tracker.metrics(step, {"train/loss": 1.0})
+            wait_until(lambda: Outbox.open(run_dir).is_empty())
+        tracker.metrics(10 + step, {"train/loss": 1.0})
+    tracker.finish()  # down at the end
+    assert not Outbox.open(run_dir).is_empty()
+
+    with mlflow_server(port, tmp_path), LossyProxy(port, num_lost=3) as proxy:
+        again = Tracker(TrackingConfig(), run_dir, World(), parameters={"train.steps": 4})
+        again.metrics(20, {"train/loss": 1.0})
+        again.finish()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_address[1]}")
+        other = tmp_path / "other"
+        other.mkdir()
+        lossy = Tracker(TrackingConfig(experiment="lossy"), other, World(), parameters={"train.steps": 4})
+        for step in range(5):
+            lossy.metrics(step, {"train/loss": 1.0})
+        wait_until(lambda: Outbox.open(other).is_empty())
+        lossy.finish()
+        assert proxy.num_lost == 0
+        proxy.shutdown()
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        run, history = tracked_run()
+        assert [metric.step for metric in history] == [1, 2, 12, 3, 13, 20]
+        assert run.info.status == "FINISHED"
+        client = mlflow.MlflowClient()
+        (run,) = client.search_runs([client.get_experiment_by_name("lossy").experiment_id])
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert [metric.step for metric in history] == list(range(5))
+
+
+def free_port():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    tracker = Tracker(TrackingConfig(), tmp_path, World(), parameters={})
-    tracker.metrics(1, {"train/loss": 1.0})
-    tracker.finish()
-    assert "training goes on" in caplog.text
-    assert rows(tmp_path)[0]["train/loss"] == 1.0
+        return unused.getsockname()[1]
 
 
 def test_other_ranks_are_silent(tmp_path):

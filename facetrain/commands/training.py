@@ -1,4 +1,4 @@
-"""Commands of a run: train, check, estimate."""
+"""Commands of a run: train, check, estimate, sync."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from facetrain.command_line import parse_config, parse_config_and_flags, say
+from facetrain.command_line import new_parser, parse_arguments, parse_config, parse_config_and_flags, say
 
 
 def train(argv: Sequence[str]) -> None:
@@ -54,3 +54,17 @@ def estimate(argv: Sequence[str]) -> None:
         Path(args.json).write_text(json.dumps(estimate_record(config, found), indent=1) + "\n")
     fitting = None if found.fits else largest_fitting_micro_pairs(config, cluster, identities=args.identities)
     say(format_estimate(config, found, fitting_micro_pairs=fitting))
+
+
+def sync(argv: Sequence[str]) -> None:
+    """Send MLflow what it lacks of a run."""
+    parser = new_parser("facetrain sync", "Send to MLFLOW_TRACKING_URI what couldn't be sent while training.")
+    parser.add_argument("run", type=str, help="run folder")
+    run_dir = Path(parse_arguments(parser, argv).run)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: expected a run folder")
+    from facetrain.lock import hold_folder
+    from facetrain.tracking import sync
+
+    with hold_folder(run_dir):  # a running job sends by itself
+        say(f"{run_dir}: MLflow has everything: {sync(run_dir)}")

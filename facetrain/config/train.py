@@ -38,6 +38,8 @@ class TrainConfig:
     """Largest norm of the averaged gradient of the whole objective; 0 is no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast forward; weights, statistics, loss and optimizer stay float32."""
+    straggler_factor: float = 2.0
+    """Warn where a rank takes this many times the median rank's seconds for data and forward."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too are sharded over the ranks."""
     log_every_steps: int = 20
@@ -46,12 +48,15 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, besides the best."""
+    max_failed_saves: int = 3
+    """Checkpoints in a row that can't be written, as on a full disk, without ending the training."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
         at_least("train.global_pairs", self.global_pairs, 2)
         for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
             at_least(f"train.{name}", getattr(self, name), 1)
+        at_least("train.max_failed_saves", self.max_failed_saves, 0)
         at_least("train.steps", self.steps, 0)
         at_least("train.warmup_steps", self.warmup_steps, 0)
         if self.micro_pairs is not None:
@@ -61,6 +66,8 @@ class TrainConfig:
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}: expected 0 (off) or more, got {getattr(self, name)}")
+        if self.straggler_factor <= 1:
+            raise ValueError(f"train.straggler_factor: expected more than 1, got {self.straggler_factor}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"train.momentum: expected a fraction in [0, 1), got {self.momentum}")
         if not 0 < self.drop_factor < 1:

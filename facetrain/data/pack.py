@@ -28,6 +28,7 @@ from facetrain.data.manifest import FORMAT, Manifest, PackSettings, write_text
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
 from facetrain.data.shards import IMAGES_FILE, load_writer, sha256_of, sidecar_of
 from facetrain.data.sources import FaceSource, open_faces
+from facetrain.lock import hold_folder
 
 REJECTED_FILE = "rejected.jsonl"
 """One line per image or identity of the source that isn't in the shards, with the reason."""
@@ -104,10 +105,12 @@ def pack(
         spool_dir = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
         faces, left_out = apply_lists(open_faces(source, spool_dir=spool_dir), exclude=exclude, merge=merge)
         fingerprint = faces.fingerprint()
-        _claim(out, {"format": FORMAT, "source": fingerprint, **asdict(settings)})
         job = Job(faces, out, settings, points, detector)
-        records = _run(job, _plan(faces, settings), workers or len(os.sched_getaffinity(0)))
-        return _merge(job, records, fingerprint, left_out)
+        _check_folder(out)
+        with hold_folder(out / RECORDS, name=str(out)):
+            _claim(out, {"format": FORMAT, "source": fingerprint, **asdict(settings)})
+            records = _run(job, _plan(faces, settings), workers or len(os.sched_getaffinity(0)))
+            return _merge(job, records, fingerprint, left_out)
 
 
 @contextmanager
@@ -131,10 +134,18 @@ def _alignment(landmarks: Path | None, detector: Path | None) -> str:
     return f"{'landmarks' if landmarks else 'detector'} {sha256_of(file)}" if file else ""
 
 
-def _claim(out: Path, job: dict[str, Any]) -> None:
-    """Make the folder ours, or find that it is a packing of the same faces with the same settings."""
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that something else is in, and otherwise make it."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a folder for the shards, found a file")
+    packed_here = (out / RECORDS / _JOB_FILE).is_file()
+    if not packed_here and out.is_dir() and any(entry.name != RECORDS for entry in out.iterdir()):
+        raise ValueError(f"{out}: expected a new or empty folder, or one that an earlier `facetrain pack` made")
+    (out / RECORDS).mkdir(parents=True, exist_ok=True)
+
+
+def _claim(out: Path, job: dict[str, Any]) -> None:
+    """Make the folder ours, or find that it is a packing of the same faces with the same settings."""
     path = out / RECORDS / _JOB_FILE
     if path.is_file():
         found = json.loads(path.read_text())
@@ -144,9 +155,6 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
         for part in chain(out.glob("*.tmp"), path.parent.glob("*.tmp")):  # of a run that was killed
             part.unlink(missing_ok=True)
         return
-    if out.is_dir() and any(entry.name != RECORDS for entry in out.iterdir()):
-        raise ValueError(f"{out}: expected a new or empty folder, or one that an earlier `facetrain pack` made")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(job, indent=1) + "\n")
 
 

@@ -69,6 +69,17 @@ class Slurm:
             time.sleep(0.2)
         return state
 
+    def wait_for_nodes(self) -> None:
+        """Wait until no node has anything left of a job."""
+        give_up_at = time.monotonic() + 60
+        while True:
+            command = ["sinfo", "-h", "-N", "-o", "%t"]
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+            if done.stdout.split() == ["idle", "idle"]:
+                return
+            assert time.monotonic() < give_up_at, done.stdout + done.stderr
+            time.sleep(0.2)
+
 
 def missing_program() -> str:
     """Return why no cluster can be started here; empty if one can. As root on Debian, what is missing is installed."""
@@ -99,7 +110,7 @@ def start_slurm(folder: Path) -> Iterator[Slurm]:
         for command in (["slurmctld", "-D", "-c", "-i"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
             daemons.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
         slurm = Slurm(config, environment)
-        _wait_for_nodes(slurm)
+        slurm.wait_for_nodes()
         yield slurm
     finally:
         for daemon in reversed(daemons):
@@ -122,17 +133,6 @@ def _start_munge(folder: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
     while not files["socket"].exists():
         assert time.monotonic() < give_up_at, (folder / "munge.log").read_text()
         time.sleep(0.05)
-
-
-def _wait_for_nodes(slurm: Slurm) -> None:
-    give_up_at = time.monotonic() + 60
-    while True:
-        command = ["sinfo", "-h", "-N", "-o", "%t"]
-        done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=False)
-        if done.stdout.split() == ["idle", "idle"]:
-            return
-        assert time.monotonic() < give_up_at, done.stdout + done.stderr
-        time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,0 +1,82 @@
+"""Stragglers: which rank the others wait for, and for how long."""
+
+import socket
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from facetrain.config import LossConfig
+from facetrain.losses.npair import LossValue, NPairLoss
+from facetrain.world import World
+
+
+class StepClock:
+    """Times this rank's own part of each step: from its beginning until it needs what other ranks have.
+
+    All ranks take equally long for a whole step, since each exchange waits for the slowest. What differs is how long
+    each takes to have its embeddings: data, copy to the device, forward. A rank that is slow in backward alone isn't
+    seen.
+    """
+
+    def __init__(self, world: World, *, factor: float) -> None:
+        """Warn where a rank takes `factor` times the median."""
+        self.world, self.factor = world, factor
+        self._hosts = world.all_gather_object(socket.gethostname())
+        self._spans: list[list[Any]] = []
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._spans.append([self._now()])
+
+    def has_embeddings(self) -> None:
+        """Take note that this rank's own part of the step is over."""
+        self._spans[-1].append(self._now())
+
+    def read(self) -> tuple[dict[str, float], str | None]:
+        """Return figures of the steps since the last call, and a warning or None; every rank must call it.
+
+        One gather; every rank ends with the same. A sync point with the device.
+        """
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+            spans_s = [begin.elapsed_time(end) * 1e-3 for begin, end in self._spans]
+        else:
+            spans_s = [end - begin for begin, end in self._spans]
+        self._spans = []
+        own_s = self.world.all_gather_object(statistics.fmean(spans_s))
+        slowest = max(range(len(own_s)), key=lambda rank: own_s[rank])
+        median_s = statistics.median_low(own_s)  # of two, the faster: a mean of both would hide the other
+        figures = {
+            "train/slowest_rank": float(slowest),
+            "train/slowest_rank_s": own_s[slowest],
+            "train/median_rank_s": median_s,
+        }
+        if own_s[slowest] <= self.factor * median_s:
+            return figures, None
+        return figures, (
+            f"rank {slowest} on {self._hosts[slowest]} takes {own_s[slowest]:.3f} s for its data and forward, the"
+            f" median rank {median_s:.3f} s: all wait for it"
+        )
+
+    def _now(self) -> Any:
+        """Return a moment: of the host's clock in seconds, or an event of the device."""
+        if self.world.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class TimedLoss(NPairLoss):
+    """The loss, which is where a rank first needs the others; it tells the clock so."""
+
+    def __init__(self, config: LossConfig, world: World, clock: StepClock) -> None:
+        super().__init__(config, world)
+        self._clock = clock
+
+    def __call__(self, *args: Any) -> LossValue:
+        """Compute what `NPairLoss` does."""
+        self._clock.has_embeddings()
+        return super().__call__(*args)

@@ -1,0 +1,5 @@
+"""Tracking: parameters, metrics and files of a run, in its own metrics.jsonl always and in MLflow where wanted."""
+
+from facetrain.tracking.tracker import Tracker, sync
+
+__all__ = ["Tracker", "sync"]

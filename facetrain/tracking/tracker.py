@@ -1,0 +1,195 @@
+"""The tracker: what training calls, and the thread that sends to MLflow beside it.
+
+Figures go to metrics.jsonl first, which costs microseconds. The thread sends what is new there, and tries again later
+when it can't: a server that is down, hangs or refuses neither stops training nor slows it.
+"""
+
+import errno
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from facetrain.config import TrackingConfig
+from facetrain.masking import mask_secrets
+from facetrain.tracking.environment import environment_tags
+from facetrain.tracking.mlflow_store import MlflowStore
+from facetrain.tracking.outbox import METRICS_FILE, Outbox
+from facetrain.world import World
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 30.0
+"""Seconds for which MLflow is left alone after a failure."""
+CLOSE_WAIT_S = 30.0
+"""Seconds that the end of a run waits for the last figures and files to arrive."""
+
+
+class Tracker:
+    """Where a run's figures go. Every rank may call it; rank 0 alone writes."""
+
+    def __init__(self, config: TrackingConfig, run_dir: Path, world: World, *, parameters: Mapping[str, Any]) -> None:
+        """Open the run, or continue the one that the run folder knows.
+
+        Args:
+            config: The section `tracking`.
+            run_dir: The run folder, which exists; metrics.jsonl, and in logs/ what MLflow still lacks, are kept in it.
+            world: Rank 0 writes.
+            parameters: The resolved config, recorded when MLflow's run is made; secrets in it are masked.
+        """
+        self.is_main = world.is_main
+        self._metrics_file = run_dir / METRICS_FILE
+        self._unwritten = ""
+        # After an interruption some steps run again, with the same figures: what is logged stays logged once.
+        self._logged = _logged_keys(self._metrics_file) if world.is_main else set()
+        self._sender: _Sender | None = None
+        if world.is_main and config.backend == "mlflow":
+            try:
+                name, tags = config.run_name or run_dir.name, environment_tags()
+                outbox = Outbox.start(
+                    run_dir, experiment=config.experiment, run_name=name, parameters=parameters, tags=tags
+                )
+                self._sender = _Sender(MlflowStore(outbox), outbox)
+            except (ImportError, ValueError, OSError) as error:
+                log.warning(f"MLflow can't be used ({error}); training goes on, and metrics.jsonl has all figures")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record figures of a step; what is recorded for this step already isn't repeated."""
+        fresh = {key: value for key, value in values.items() if (step, key) not in self._logged}
+        if not self.is_main or not fresh:
+            return
+        self._logged |= {(step, key) for key in fresh}
+        self._write(json.dumps({"step": step, "at": round(time.time(), 3), **fresh}) + "\n")
+        if self._sender is not None:
+            self._sender.wake()
+
+    def artifacts(self, *paths: Path) -> None:
+        """Record files and folders of the run; those that don't exist are left out."""
+        if self._sender is not None:
+            self._sender.add_artifacts([path for path in paths if path.exists()])
+
+    def finish(self, *, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        """End MLflow's run, after what is left to send or a while; a continued job opens it again."""
+        if self._sender is not None:
+            self._sender.close(status)
+
+    def where(self) -> str:
+        """Return how to see the figures."""
+        if self._sender is None:
+            return str(self._metrics_file)
+        uri = self._sender.store.uri
+        return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else mask_secrets(uri)
+
+    def _write(self, line: str) -> None:
+        """Append to metrics.jsonl; on a full disk keep the line for the next time."""
+        self._unwritten += line
+        try:
+            with self._metrics_file.open("ab", buffering=0) as file:
+                end, data = file.tell(), self._unwritten.encode()
+                if file.write(data) < len(data):  # the last bytes of a disk
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            log.warning(f"{self._metrics_file}: can't be written ({error}); its figures are kept for the next time")
+        else:
+            self._unwritten = ""
+
+
+class _Sender:
+    """The thread that sends, from the start of a run to its end."""
+
+    def __init__(self, store: MlflowStore, outbox: Outbox) -> None:
+        self.store, self.outbox = store, outbox
+        self._wake = threading.Event()
+        self._is_closing = False
+        self._is_failing = False
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        self.wake()
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Say that there is something to send."""
+        self._wake.set()
+
+    def add_artifacts(self, paths: Sequence[Path]) -> None:
+        """Ask for files and folders to be sent."""
+        try:
+            for path in paths:
+                self.outbox.add_artifact(path)
+        except OSError as error:
+            log.warning(f"{error}; MLflow gets no more files of this run")
+        self.wake()
+
+    def close(self, status: str) -> None:
+        """Send what is left, wait for it a while, and say so if something stays behind; again does nothing."""
+        if self._is_closing:
+            return
+        try:
+            self.outbox.update(status=status)
+        except OSError as error:
+            log.warning(f"{error}; MLflow won't learn that this run is {status}")
+        self._is_closing = True
+        self.wake()
+        self._thread.join(CLOSE_WAIT_S)
+        if not self.outbox.is_empty():
+            log.warning(f"MLflow lacks some of this run; later, `facetrain sync {self.outbox.run_dir}` sends it")
+
+    def _run(self) -> None:
+        retry_at = 0.0
+        while True:
+            self._wake.wait(RETRY_AFTER_S if self._is_failing else None)
+            self._wake.clear()
+            is_last = self._is_closing
+            if is_last or time.monotonic() >= retry_at:
+                self._attempt()
+                retry_at = time.monotonic() + RETRY_AFTER_S if self._is_failing else 0.0
+            if is_last:
+                return
+
+    def _attempt(self) -> None:
+        try:
+            self.store.send()
+        except Exception as error:  # whatever a server or a database can raise
+            if not self._is_failing:
+                message = " ".join(mask_secrets(str(error)).split())[:200]
+                log.warning(f"MLflow failed ({message}); training goes on, and what is missing there is sent later")
+            self._is_failing = True
+        else:
+            if self._is_failing:
+                log.info("MLflow is back, and has all figures")
+            self._is_failing = False
+
+
+def sync(run_dir: Path) -> str:
+    """Send what MLflow lacks of a run, and return where it went.
+
+    Raises:
+        ValueError: The folder holds no run with tracking.backend=mlflow.
+        OSError: MLflow can't be reached or refuses; nothing is lost.
+    """
+    outbox = Outbox.open(run_dir)
+    store = MlflowStore(outbox)
+    try:
+        store.send()
+    except Exception as error:  # whatever a server or a database can raise
+        message = " ".join(mask_secrets(str(error)).split())[:200]
+        raise OSError(
+            f"MLFLOW_TRACKING_URI: {mask_secrets(store.uri)} failed ({message}); run it again later"
+        ) from None
+    return f"{mask_secrets(store.uri)}, run {outbox.contents.run_id}"
+
+
+def _logged_keys(metrics_file: Path) -> set[tuple[int, str]]:
+    """Return the (step, metric) pairs of the file; a last line that a crash cut off is removed from it."""
+    if not metrics_file.is_file():
+        return set()
+    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        metrics_file.write_text("".join(lines), encoding="utf-8")
+    rows = [json.loads(line) for line in lines]
+    return {(row["step"], key) for row in rows for key in row if key not in ("step", "at")}

@@ -1,0 +1,182 @@
+"""A checkpoint is whole or doesn't count: killed savers, cut and flipped files, full disks."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed.ranks import run_ranks
+from safetensors.torch import load_file
+from test_checkpoint import config_of, make_engine, train
+
+from facetrain.checkpoint import TrainState, load_state, write_checkpoint
+from facetrain.checkpoint_folder import SUMS_FILE, checkpoint_folder, damage_of, newest_checkpoint, prune, tidy
+from facetrain.config import Config, TrainConfig
+from facetrain.saver import Saver
+from facetrain.world import World
+
+CONFIG = Config(train=TrainConfig(keep_checkpoints=2))
+
+
+def content(step: int) -> dict[str, torch.Tensor]:
+    """Half a megabyte that differs from step to step."""
+    return {"weight": torch.full((1 << 17,), float(step)), "bias": torch.arange(7) + step}
+
+
+def save(run_dir: Path, step: int) -> Path:
+    state = TrainState(step=step, draws=np.full(100, step))
+    table = {"first_row": torch.tensor([0]), "rows": torch.full((64, 8), float(step))}
+    return write_checkpoint(run_dir, content(step), content(-step), state, CONFIG, World(), table_rows=table)
+
+
+def save_until_killed(run_dir: Path, first_step: int, done: int) -> None:
+    for step in range(first_step, first_step + 1000):
+        save(run_dir, step)
+        os.write(done, step.to_bytes(4, "big"))
+
+
+def kill_while_saving(run_dir: Path, first_step: int, delay_s: float) -> int:
+    """Let a process save step after step, kill it without warning, and return the last step that it called saved."""
+    reader, writer = os.pipe()
+    saver = os.fork()
+    if saver == 0:
+        try:
+            save_until_killed(run_dir, first_step, writer)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    time.sleep(delay_s)
+    os.kill(saver, signal.SIGKILL)
+    _, status = os.waitpid(saver, 0)
+    assert os.WIFSIGNALED(status)
+    with os.fdopen(reader, "rb") as stream:
+        steps = stream.read()
+    return int.from_bytes(steps[-4:], "big") if steps else first_step - 1
+
+
+def test_a_saver_killed_fifty_times_loses_no_checkpoint_that_it_called_saved(tmp_path: Path) -> None:
+    draw, step, num_half_written = random.Random(0), 2, 0
+    save(tmp_path, 1)  # imports what saving needs, so that the processes forked from here don't
+    began_at = time.perf_counter()
+    save(tmp_path, 2)
+    save_s = time.perf_counter() - began_at
+    for _ in range(50):
+        saved = kill_while_saving(tmp_path, step + 1, draw.uniform(0, 3 * save_s))
+        num_half_written += bool(list((tmp_path / "checkpoints").glob(".step-*.tmp")))
+        newest, damaged = newest_checkpoint(tmp_path)
+        assert damaged == {}
+        assert newest is not None
+        step = load_state(newest).step
+        assert newest == checkpoint_folder(tmp_path, step)
+        assert torch.equal(load_file(newest / "model.safetensors")["weight"], content(step)["weight"])
+        assert torch.equal(load_file(newest / "optimizer.safetensors")["bias"], content(-step)["bias"])
+        assert step in (saved, saved + 1)  # killed between the rename and its word about it
+        tidy(tmp_path, damaged)
+    assert num_half_written > 10  # the kills did fall into saving
+    assert step > 12
+    assert len(list((tmp_path / "checkpoints").iterdir())) in (2, 3)
+
+
+def test_a_file_cut_off_at_any_byte_flipped_missing_or_added_is_found_out(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    assert damage_of(folder) == ""
+    draw = random.Random(1)
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        cuts = range(len(whole)) if len(whole) < 1000 else sorted(draw.sample(range(len(whole)), 50))
+        for cut in [*cuts, len(whole) - 1]:
+            os.truncate(file, cut)
+            assert damage_of(folder), (file.name, cut)
+            file.write_bytes(whole)
+        for _ in range(30):
+            changed = bytearray(whole)
+            changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            file.write_bytes(changed)
+            assert damage_of(folder), (file.name, "flip")
+        file.write_bytes(whole)
+        file.rename(tmp_path / "away")
+        assert file.name in damage_of(folder)
+        (tmp_path / "away").rename(file)
+    (folder / "stray").touch()
+    assert damage_of(folder) == f"{SUMS_FILE} lacks stray"
+    (folder / "stray").unlink()
+    assert damage_of(folder) == ""
+    assert subprocess.run(["sha256sum", "--quiet", "-c", SUMS_FILE], cwd=folder, check=False).returncode == 0
+
+
+def test_damaged_checkpoints_are_passed_over_by_name_and_their_steps_can_be_saved_again(tmp_path: Path) -> None:
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    os.truncate(second / "optimizer.safetensors", 100)
+    newest, damaged = newest_checkpoint(tmp_path)
+    assert (newest, damaged) == (first, {second: "optimizer.safetensors isn't what was saved"})
+    (tmp_path / "checkpoints" / ".step-00000009.tmp").mkdir()
+    tidy(tmp_path, damaged)
+    assert {path.name for path in first.parent.iterdir()} == {first.name, "step-00000002.damaged"}
+    assert save(tmp_path, 2) == second
+    assert newest_checkpoint(tmp_path) == (second, {})
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    prune(tmp_path, keep=2, best_step=1)
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4", "5"]
+
+
+def save_on_a_disk_that_fills_up(world: World, run_dir: Path) -> list[str]:
+    """Steps 1 to 6; the disk is full at 2, 3, 5 and 6. Returns what became of each, and the best step after it."""
+    config = config_of("sgd", 0)
+    config = Config(data=config.data, model=config.model, train=TrainConfig(optimizer="sgd", max_failed_saves=2))
+    engine = make_engine(world, config)
+    state = TrainState(step=0, draws=np.zeros(1, dtype=np.int64))
+    saver, filler, seen = Saver(run_dir, config, world, state), run_dir / "filler", []
+    for step in range(1, 7):
+        train(engine, range(step - 1, step))
+        state.step, state.best_step = step, step
+        if world.is_main:
+            filler.unlink(missing_ok=True)
+            if step in (2, 3, 5, 6):
+                fill(filler)
+        table = {"first_row": torch.tensor([world.rank]), "rows": torch.zeros(1, 4)}
+        try:
+            saver.save(engine, state, table_rows=table, must=step == 6)
+            seen.append(f"{step}: best {state.best_step}")
+        except OSError as error:
+            seen.append(f"{step}: {error}")
+    return seen
+
+
+def fill(file: Path) -> None:
+    with file.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(4096))
+        except OSError:
+            pass
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_a_warning_until_it_must_not(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a small file system can be mounted by root alone")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", tmp_path], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        seen = run_ranks(save_on_a_disk_that_fills_up, 2, tmp_path)
+        assert seen[0] == seen[1]
+        assert seen[0][:5] == ["1: best 1", "2: best 1", "3: best 1", "4: best 4", "5: best 4"]
+        assert seen[0][5].startswith("6: step 6: no checkpoint could be written")
+        assert "No space left on device" in seen[0][5]
+        newest, damaged = newest_checkpoint(tmp_path)
+        assert (newest, damaged) == (checkpoint_folder(tmp_path, 4), {})
+        assert {path.name for path in newest.parent.iterdir()} == {"step-00000001", "step-00000004"}
+    finally:
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        subprocess.run(["umount", tmp_path], check=True)
