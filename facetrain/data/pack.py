@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import facetrain
 from facetrain.data.index import ClassTable, load_array, save_array
-from facetrain.data.manifest import FORMAT, Manifest, PackSettings, write_text
+from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256, write_text
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
-from facetrain.data.shards import IMAGES_FILE, load_writer, sidecar_of
+from facetrain.data.shards import IMAGES_FILE, INDEX_FILES, load_writer, sidecar_of
 from facetrain.data.sources import FaceSource, open_faces
 
 REJECTED_FILE = "rejected.jsonl"
@@ -177,6 +177,7 @@ def _merge(out: Path, job: Job, records: Sequence[Record], fingerprint: str) -> 
         rejected_images=sum("image" in line for line in lines),
         dropped_identities=sum("identity" in line for line in lines),
         shards=tuple(record.info(tar.name) for record, tar in zip(records, tars, strict=True)),
+        index_sha256=combined_sha256(out / name for name in INDEX_FILES),
     )
     manifest.save(out)
     return manifest
