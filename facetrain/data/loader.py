@@ -13,15 +13,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from facetrain.batch import PairBatch
 from facetrain.config import DataConfig
-from facetrain.data.decode import decode_augmented
 from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
+from facetrain.data.reading import FaceReader
 from facetrain.data.shards import ShardSet
 
 
@@ -34,8 +32,9 @@ class PairLoader:
     beyond. So lists that are added before `next` for step s is called take effect from step s + A on, and
     `first_undrawn_step` is that step. Without workers A is 0.
 
-    Workers are forked on Linux: they start in milliseconds where spawn takes seconds to import torch, and share the
-    class table's memory. They touch neither CUDA nor the process group, so it doesn't matter whether those are up.
+    Workers are forked on Linux, unless `data.start_method` says otherwise: they start in milliseconds where spawn takes
+    seconds to import torch, and share the class table's memory. They touch neither CUDA nor the process group, so it
+    doesn't matter whether those are up.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class PairLoader:
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
             worker_init_fn=_start_worker if config.workers else None,
-            multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
+            multiprocessing_context=config.start_method if config.workers and sys.platform == "linux" else None,
             pin_memory=pin_memory,
             # The DataLoader draws a seed for its workers: not from the global generator, or resuming would differ.
             generator=torch.Generator(),
@@ -143,7 +142,7 @@ class _DecodedPairs(Dataset[PairBatch | Exception]):
     """The batch of a StepPlan; runs in a worker."""
 
     def __init__(self, shards: ShardSet, config: DataConfig) -> None:
-        self._shards, self._config = shards, config
+        self._reader, self._config = FaceReader(shards, config), config
 
     def __getitem__(self, step_plan: StepPlan) -> PairBatch | Exception:
         try:
@@ -157,18 +156,12 @@ class _DecodedPairs(Dataset[PairBatch | Exception]):
         images_VnHWC = torch.empty(2, n, side, side, channels, dtype=torch.uint8)
         pixels_VnHWC = images_VnHWC.numpy()
         images_n2, seeds_n2 = step_plan.image_idx_N2.tolist(), step_plan.augment_seeds_N2.tolist()
+        replaced: list[str] = []
         for i in range(n):
-            for view in range(2):
-                pixels_VnHWC[view, i] = self._image(images_n2[i][view], seeds_n2[i][view])
-        return PairBatch(step=step_plan.step, images_VnHWC=images_VnHWC, labels_n=torch.from_numpy(step_plan.labels_N))
-
-    def _image(self, image: int, seed: int) -> npt.NDArray[np.uint8]:
-        data = self._shards.read(image)
-        try:
-            return decode_augmented(data, self._config, seed, f"image {image}")
-        except ValueError as error:
-            # Looking up the shard's name for each image would take a tenth of the time to decode it.
-            raise ValueError(f"{self._shards.where(image)}: {error}") from None
+            (pixels_VnHWC[0, i], pixels_VnHWC[1, i]), replaced_here = self._reader.pair(images_n2[i], seeds_n2[i])
+            replaced += replaced_here
+        labels_n = torch.from_numpy(step_plan.labels_N)
+        return PairBatch(step=step_plan.step, images_VnHWC=images_VnHWC, labels_n=labels_n, replaced=tuple(replaced))
 
 
 def _start_worker(worker_id: int) -> None:
