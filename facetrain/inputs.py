@@ -9,6 +9,7 @@ from facetrain.config import Config
 from facetrain.data.plan import Plan, pairs_per_rank
 from facetrain.data.shards import ShardSet, open_shards
 from facetrain.data.split import IdentitySplit, split_identities
+from facetrain.data.window import WindowedPlan
 from facetrain.evaluation.judge import Judge
 from facetrain.mining.mode import check_mode
 from facetrain.models import build_backbone
@@ -63,9 +64,24 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
     split = split_identities(
         shards.table, holdout=config.data.holdout_identities, exclude=config.data.exclude, seed=config.run.seed
     )
-    plan = Plan(shards.table, split.train, global_pairs=config.train.global_pairs, seed=config.run.seed)
+    plan = _plan(config, shards, split)
     check_mode(config, num_identities=len(split.train), world_size=world_size)
     backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
     if config.model.init_from is not None:
         init_weights_from(backbone, Path(config.model.init_from))
     return Inputs(shards=shards, split=split, plan=plan, judge=Judge.open(config, shards, split))
+
+
+def _plan(config: Config, shards: ShardSet, split: IdentitySplit) -> Plan:
+    pairs, seed = config.train.global_pairs, config.run.seed
+    if config.data.window_shards is None:
+        return Plan(shards.table, split.train, global_pairs=pairs, seed=seed)
+    return WindowedPlan(
+        shards.table,
+        split.train,
+        global_pairs=pairs,
+        seed=seed,
+        shards=shards.manifest.shards,
+        virtual_nodes=config.data.virtual_nodes,
+        window_shards=config.data.window_shards,
+    )

@@ -266,6 +266,7 @@ class Run:
             f"{pairs} pairs a step = {world.world_size} ranks x {pairs // world.world_size};"
             f" {self.plan.steps_per_epoch} steps an epoch; {steps} steps = {2 * pairs * steps} images"
         )
+        log.info(self.plan.describe())
         if self.miner:
             log.info(self.miner.mode.describe())
         if self.folder.resume_from is not None:

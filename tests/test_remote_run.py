@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from commands import run
 from data.numbered_faces import damage
 from data.shard_server import serve
@@ -13,6 +14,7 @@ from data.shard_server import serve
 from facetrain.data.shards import INDEX_FILES, ShardSet
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_shards_over_http_and_replace_a_bad_image(synthetic: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(synthetic / "shards", tmp_path / "there")
     damaged = damage(ShardSet.open(folder), range(0, 192, 4))  # one of each person's four

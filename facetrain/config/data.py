@@ -40,6 +40,11 @@ class DataConfig:
     """Identities, drawn by the seed, that are never trained on and give the held-out pairs."""
     exclude: tuple[str, ...] = ()
     """Names of identities that are left out of training, such as people who are also in the test set."""
+    window_shards: int | None = None
+    """Shards that each virtual node draws from at a time, for sets that are larger than a node's disk; null draws each
+    batch from all shards."""
+    virtual_nodes: int = 1
+    """Parts of the shards with a window each, such as one for each node; a divisor of train.global_pairs."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What an image that can't be decoded does: ends the run, or is counted, logged and replaced by another image of
     its identity."""
@@ -52,8 +57,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        for name in ("shard_px", "image_px", "prefetch", "fetch_attempts"):
+        for name in ("shard_px", "image_px", "prefetch", "fetch_attempts", "virtual_nodes"):
             at_least(f"data.{name}", getattr(self, name), 1)
+        if self.window_shards is not None:
+            self._check_window(self.window_shards)
         self._check_cache()
         for name in ("crop_jitter_px", "holdout_identities", "workers"):
             at_least(f"data.{name}", getattr(self, name), 0)
@@ -61,6 +68,14 @@ class DataConfig:
             raise ValueError(f"data.crop_px: expected 1 to data.shard_px ({self.shard_px}), got {self.crop_px}")
         if not 0 <= self.colour_jitter < 1:
             raise ValueError(f"data.colour_jitter: expected a fraction in [0, 1), got {self.colour_jitter}")
+
+    def _check_window(self, window_shards: int) -> None:
+        at_least("data.window_shards", window_shards, 1)
+        if self.holdout_identities:
+            raise ValueError(
+                "data.holdout_identities: expected 0 with data.window_shards, since held-out pairs lie in all shards,"
+                f" got {self.holdout_identities}; eval.images can judge the run"
+            )
 
     def _check_cache(self) -> None:
         if self.cache_bytes is not None:

@@ -20,13 +20,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from facetrain.data.index import FileSlices
 from facetrain.data.manifest import MANIFEST_FILE, Manifest, ShardInfo, combined_sha256
 from facetrain.data.remote import RemoteFolder
 
@@ -44,6 +41,8 @@ class ShardCache:
     """Shards that are longest unused are evicted to stay within; None means as much as the disk holds."""
     remote: RemoteFolder
     """Where the shards come from."""
+    windowed: bool = False
+    """Whether only a few of a set's shards are needed at a time, so that they are fetched one by one."""
 
     def fetch_tables(self, names: Sequence[str]) -> Path:
         """Fetch the manifest, as it is now, and the files that it comes with, unless they are here.
@@ -77,6 +76,10 @@ class ShardCache:
     def holds(self, size_bytes: int) -> bool:
         """Return whether that many bytes are allowed here at once."""
         return self.max_bytes is None or size_bytes <= self.max_bytes
+
+    def keeps(self, manifest: Manifest) -> bool:
+        """Return whether all shards of a set are to be here."""
+        return not self.windowed and self.holds(manifest.size_bytes)
 
     def fetch(self, shards: Sequence[ShardInfo], *, progress: bool) -> None:
         """Fetch all shards that aren't here; processes that do so together share the work.
@@ -143,7 +146,14 @@ class ShardCache:
         if fd is None:
             return None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # waits for a process that fetches it, and then has its result
+            if not _lock_now(fd):
+                # Shared, since who has fetched it may go on to use it for hours.
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                if _is_at(fd, path):
+                    return fd
+                release(fd)  # the process that fetched it failed or died
+                time.sleep(random.SystemRandom().uniform(0, _POLL_S))  # or two that wait could be in each other's way
+                return None
             if _is_at(fd, part):
                 try:
                     self.remote.download(shard.name, fd, size_bytes=shard.size_bytes, sha256=shard.sha256)
@@ -154,11 +164,11 @@ class ShardCache:
                 os.fsync(fd)  # before it gets its name: after a power cut it is complete or not there
                 part.replace(path)
             elif not _is_at(fd, path):
-                _unlock(fd)
+                release(fd)
                 return None
             fcntl.flock(fd, fcntl.LOCK_SH)
         except BaseException:
-            _unlock(fd)
+            release(fd)
             raise
         return fd
 
@@ -245,22 +255,7 @@ class ShardCache:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            _unlock(fd)
-
-
-class CachedSlices(FileSlices):
-    """Reads pieces of cached shards; what is not here is fetched at the first read."""
-
-    def __init__(self, cache: ShardCache, shards: Sequence[ShardInfo], *, keep_open: bool) -> None:
-        """Take the shards; `keep_open` keeps those that were read, so that they aren't evicted."""
-        super().__init__([cache.path_of(shard) for shard in shards], keep_open=keep_open)
-        self._cache, self._shards = cache, tuple(shards)
-
-    def _open(self, file: int) -> int:
-        return self._cache.open(self._shards[file])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(CachedSlices, keep_open=self._keep_open), (self._cache, self._shards)
+            release(fd)
 
 
 @dataclass(frozen=True, order=True)
@@ -281,17 +276,24 @@ def _evict(path: Path) -> bool:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
+    if not _lock_now(fd):
         os.close(fd)
         return False
-    _unlock(fd)
+    path.unlink(missing_ok=True)
+    release(fd)
     return True
 
 
-def _unlock(fd: int) -> None:
+def _lock_now(fd: int) -> bool:
+    """Lock a file for this process alone, unless another uses it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def release(fd: int) -> None:
     """Release a lock and close its file: closing alone doesn't, where a process was forked meanwhile."""
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)

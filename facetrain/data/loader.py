@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from facetrain.batch import PairBatch
 from facetrain.config import DataConfig
+from facetrain.data.cached import HeldShards
 from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
 from facetrain.data.reading import FaceReader
 from facetrain.data.shards import ShardSet
@@ -64,7 +65,9 @@ class PairLoader:
         Raises:
             ValueError: W doesn't divide the plan's pairs.
         """
-        self._slices = _StepSlices(plan, rank, world_size, first_step, last_step)
+        self._held = HeldShards(shards.cache, shards.manifest.shards) if shards.cache is not None else None
+        self._slices = _StepSlices(plan, rank, world_size, first_step, last_step, self._hold_for)
+        self._ahead = config.workers * config.prefetch
         self._loader: DataLoader[PairBatch | Exception] = DataLoader(
             _DecodedPairs(shards, config),
             sampler=self._slices,
@@ -113,6 +116,15 @@ class PairLoader:
         if shut_down is not None:
             shut_down()
         self._batches = iter(())
+        if self._held is not None:
+            self._held.close()
+
+    def _hold_for(self, step: int) -> None:
+        """Have at hand what the workers read when `step` is drawn: that, and the steps that they still decode."""
+        if self._held is not None:
+            slices, first_step = self._slices, max(self._slices.first_step, step - self._ahead)
+            numbers = slices.plan.shards_between(first_step, step, slices.rank, slices.world_size)
+            self._held.hold(numbers)
 
     def __enter__(self) -> Self:
         return self
@@ -126,16 +138,26 @@ class PairLoader:
 class _StepSlices(Sampler[StepPlan]):
     """One rank's rows of step after step, drawn in the main process as the DataLoader asks for them."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        last_step: int,
+        before_step: Callable[[int], None],
+    ) -> None:
         pairs_per_rank(plan.global_pairs, world_size)  # refuses an uneven world size before anything starts
-        self._plan, self._rank, self._world_size, self._last_step = plan, rank, world_size, last_step
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self.first_step, self._last_step, self._before_step = first_step, last_step, before_step
         self.next_step = first_step
 
     def __iter__(self) -> Iterator[StepPlan]:
         while self.next_step < self._last_step:
-            step_plan = self._plan.step(self.next_step)
+            self._before_step(self.next_step)
+            step_plan = self.plan.step(self.next_step)
             self.next_step += 1
-            yield step_plan.slice(self._rank, self._world_size)
+            yield step_plan.slice(self.rank, self.world_size)
 
 
 class _DecodedPairs(Dataset[PairBatch | Exception]):

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from facetrain.config import DataConfig
-from facetrain.data.cache import CachedSlices, ShardCache
+from facetrain.data.cache import ShardCache
+from facetrain.data.cached import CachedSlices
 from facetrain.data.index import BLOCK_BYTES, TABLE_FILES, ClassTable, FileSlices, index_tar, load_array, row_of
 from facetrain.data.manifest import Manifest
 from facetrain.data.remote import RemoteFolder
@@ -66,7 +67,7 @@ class ShardSet:
                 message names the file.
         """
         manifest = Manifest.load(folder)
-        is_whole = cache is None or cache.holds(manifest.size_bytes)
+        is_whole = cache is None or cache.keeps(manifest)
         if cache is None:
             tars = FileSlices([folder / shard.name for shard in manifest.shards])
         else:
@@ -176,9 +177,10 @@ def open_shards(config: DataConfig) -> ShardSet:
         return ShardSet.open(Path(config.shards))
     assert config.cache_dir is not None  # the config checks it
     remote = RemoteFolder(url=config.shards, timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
-    cache = ShardCache(Path(config.cache_dir), config.cache_bytes, remote)
+    windowed = config.window_shards is not None
+    cache = ShardCache(Path(config.cache_dir), config.cache_bytes, remote, windowed)
     shards = ShardSet.open(cache.fetch_tables(INDEX_FILES), cache)
-    if not cache.holds(shards.manifest.size_bytes):
+    if not windowed and not cache.keeps(shards.manifest):
         log.warning(
             f"data.cache_bytes: {cache.max_bytes} bytes hold a part of the {shards.manifest.size_bytes} bytes of"
             f" {shards.place}: batches are drawn from all shards, so most images wait for a shard to be fetched"

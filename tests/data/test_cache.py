@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ def test_processes_of_a_node_share_one_download(packed: Path, server: ShardServe
 def test_who_waits_goes_on_where_a_killed_process_was(packed: Path, server: ShardServer, tmp_path: Path) -> None:
     info = shard_infos(packed)[0]
     server.faults[info.name] = [Fault("hang", 10_000)]
-    cache = replace(cache_of(server, tmp_path), remote=RemoteFolder(url=server.url, timeout_s=20))
+    cache = ShardCache(tmp_path, None, RemoteFolder(url=server.url, timeout_s=20))
     first = FORK.Process(target=cache.open, args=(info,))
     first.start()
     part = tmp_path / f"{info.sha256}-{info.size_bytes}.part"
@@ -122,6 +122,23 @@ def test_who_waits_goes_on_where_a_killed_process_was(packed: Path, server: Shar
     assert server.asked == [(info.name, 0), (info.name, 10_000)]
     assert cache.path_of(info).read_bytes() == (packed / info.name).read_bytes()
     assert not part.exists()
+
+
+def test_who_waits_has_a_shard_that_another_goes_on_using(packed: Path, server: ShardServer, tmp_path: Path) -> None:
+    info = shard_infos(packed)[0]
+    cache = ShardCache(tmp_path, None, RemoteFolder(url=server.url, timeout_s=20))
+    server.faults[info.name] = [Fault("slow", 1000)]
+    waiting = [FORK.Process(target=cache.open, args=(info,)) for _ in range(3)]
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(cache.open, info)
+        for process in waiting:
+            process.start()
+        fd = opening.result()
+    for process in waiting:
+        process.join(timeout=10)
+        assert process.exitcode == 0
+    os.close(fd)
+    assert server.names() == [info.name]
 
 
 def test_the_disk_stays_within_its_bound(packed: Path, server: ShardServer, tmp_path: Path) -> None:
