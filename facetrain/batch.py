@@ -1,6 +1,6 @@
 """PairBatch: the only thing that travels from data to step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,19 +22,20 @@ class PairBatch:
     labels_n: Tensor
     """int64; the identity of each pair, a row of the class table."""
 
+    replaced: tuple[str, ...] = ()
+    """A line for each image that couldn't be decoded and was replaced by another of its identity."""
+
     def to(self, device: torch.device) -> "PairBatch":
         """Return the batch on `device`; the copy doesn't block the host where the memory is pinned."""
-        return PairBatch(
-            step=self.step,
+        return replace(
+            self,
             images_VnHWC=self.images_VnHWC.to(device, non_blocking=True),
             labels_n=self.labels_n.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> "PairBatch":
         """Return the batch in page-locked memory, so that copies to a GPU run beside computation."""
-        return PairBatch(
-            step=self.step, images_VnHWC=self.images_VnHWC.pin_memory(), labels_n=self.labels_n.pin_memory()
-        )
+        return replace(self, images_VnHWC=self.images_VnHWC.pin_memory(), labels_n=self.labels_n.pin_memory())
 
 
 def network_input(images_BHWC: Tensor) -> Tensor:

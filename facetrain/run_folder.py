@@ -20,8 +20,14 @@ FREE_KEYS = (
     "run.device",
     "run.timeout_s",
     "data.shards",  # a checkpoint knows their content
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.fetch_timeout_s",
+    "data.fetch_attempts",
+    "data.on_bad_image",  # the weights depend on it only where the run would have ended
     "data.workers",
     "data.prefetch",
+    "data.start_method",
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.heartbeat import Heartbeat
-from facetrain.inputs import Inputs, open_inputs
+from facetrain.inputs import Inputs, check_same_shards, open_inputs
 from facetrain.masking import mask_secrets
 from facetrain.mining.miner import Miner
 from facetrain.models import build_backbone, convert_sync_batchnorm
@@ -51,15 +52,14 @@ def train(config: Config) -> None:
         ValueError: The config, the shards, the evaluation lists or the run folder can't be used; one line says why.
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    with (
-        start_world(config.run.device, config.run.timeout_s) as world,
-        claim_run_folder(config, world) as folder,
-    ):
-        start_logging(folder.path if world.is_main else None)
-        if folder.is_finished:
-            log.info(f"{folder.path} is finished: results are in {folder.path / 'results.json'}")
-            return
-        Run(config, inputs, folder, world).go()
+    with start_world(config.run.device, config.run.timeout_s) as world:
+        check_same_shards(inputs.shards, world)
+        with claim_run_folder(config, world) as folder:
+            start_logging(folder.path if world.is_main else None)
+            if folder.is_finished:
+                log.info(f"{folder.path} is finished: results are in {folder.path / 'results.json'}")
+            else:
+                Run(config, inputs, folder, world).go()
 
 
 class Run:
@@ -81,6 +81,8 @@ class Run:
         self.saver = Saver(folder.path, config, world, self.state)
         mines = config.mining.mode != "off"
         self.miner = Miner(config, inputs.shards, inputs.split.train, world) if mines else None
+        self.replaced: list[str] = []
+        """A line for each image of this rank that was replaced since the last logging step."""
         self.finite = FiniteWatch(world)
         self.collapse = CollapseWatch(loss_of_equal_scores(config.loss.name, config.train.global_pairs))
         if self.miner and self.miner.table and folder.resume_from is not None and self.state.step > 0:
@@ -125,6 +127,7 @@ class Run:
                 self.clock.begin()
                 batch = next(loader).to(self.world.device)
                 waited_s += loader.wait_s
+                self.replaced += batch.replaced
                 self._seed_random_layers()
                 rate = learning_rate_at(state.step, config.train)
                 stats = train_step(self.engine, self.loss, batch, learning_rate=rate)
@@ -156,7 +159,7 @@ class Run:
             load_weights(backbone, resume_from / "model.safetensors")
             state = load_state(resume_from)
             if state.shards_sha256 != sha256:
-                raise ValueError(f"data.shards: {shards.folder} isn't what {resume_from} was trained on")
+                raise ValueError(f"data.shards: {shards.place} isn't what {resume_from} was trained on")
             for step, identities in state.mined.items():
                 self.plan.add_mined(step, identities[None])
         elif config.model.init_from is not None:
@@ -207,6 +210,8 @@ class Run:
             "train/identities_drawn": float((drawn > 0).mean()),
             "train/max_draws_of_an_identity": float(drawn.max()),
         }
+        if self.config.data.on_bad_image == "skip":
+            figures["train/replaced_images"] = float(self._report_replaced())
         self.tracker.metrics(self.state.step, figures)
         warning = self.collapse.warning(figures) if self.state.step > self.config.train.warmup_steps else None
         if warning:
@@ -216,6 +221,14 @@ class Run:
             f"  norm {math.sqrt(figures['train/squared_norm']):5.2f}  grad {figures['train/grad_norm']:7.3f}"
             f"  lr {rate:.2e}  {images_per_s:7.1f} images/s  wait {wait_s / step_s:5.1%}"
         )
+
+    def _report_replaced(self) -> int:
+        """Log the images that were replaced since the last logging step; returns their number over all ranks."""
+        lines = list(chain.from_iterable(self.world.all_gather_object(self.replaced)))  # of all ranks, on every rank
+        self.replaced = []
+        for line in sorted(set(lines)):
+            log.warning(line)
+        return len(lines)
 
     def _save(self, *, must: bool = False) -> None:
         self._stop_if_not_finite()  # a checkpoint is never of a network that is lost
@@ -255,6 +268,7 @@ class Run:
             f"{pairs} pairs a step = {world.world_size} ranks x {pairs // world.world_size};"
             f" {self.plan.steps_per_epoch} steps an epoch; {steps} steps = {2 * pairs * steps} images"
         )
+        log.info(self.plan.describe())
         if self.miner:
             log.info(self.miner.mode.describe())
         for checkpoint, damage in self.folder.damaged.items():

@@ -8,19 +8,8 @@ import facetrain as package
 from facetrain.cli import main
 
 COMMANDS = [
-    "synth",
-    "pack",
-    "inspect",
-    "audit",
-    "train",
-    "check",
-    "estimate",
-    "doctor",
-    "launch",
-    "sync",
-    "lfw",
-    "compare",
-    "retrieval",
+    *("synth", "pack", "inspect", "audit", "train", "check", "estimate", "doctor", "launch", "sync"),
+    *("lfw", "compare", "retrieval"),
 ]
 
 
@@ -57,6 +46,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["check", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["check", "--data.shards", "nowhere"], ["nowhere"]),
         (["train", "--data.shards", "nowhere", "--run.dir", "nowhere"], ["nowhere"]),
+        (["check", "--data.shards", "http://host/shards"], ["data.cache_dir", "http://host/shards"]),
         (["check", "--run.device", "tpu"], ["run.device", "tpu"]),
         (["pack", "nowhere", "out"], ["nowhere"]),
         (["pack", "only-one-path"], ["out"]),

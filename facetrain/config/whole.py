@@ -45,11 +45,25 @@ class Config:
                 f"mining.virtual_nodes: expected a divisor of train.global_pairs = {self.train.global_pairs}, got"
                 f" {self.mining.virtual_nodes}"
             )
+        if self.data.window_shards is not None:
+            self._check_window()
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:
             raise ValueError(
                 f"mining.lag_steps: expected at least data.workers * data.prefetch = {ahead}, so that no batch is"
                 f" read before it is mined, got {self.mining.lag_steps}"
+            )
+
+    def _check_window(self) -> None:
+        if self.train.global_pairs % self.data.virtual_nodes:
+            raise ValueError(
+                f"data.virtual_nodes: expected a divisor of train.global_pairs = {self.train.global_pairs}, got"
+                f" {self.data.virtual_nodes}"
+            )
+        if self.mining.mode != "off":
+            raise ValueError(
+                "mining.mode: expected 'off' with data.window_shards, since mined classes lie in all shards, got"
+                f" '{self.mining.mode}'"
             )
 
     def _check_overlap(self) -> None:

@@ -19,6 +19,8 @@ BLOCK_BYTES = 512
 
 _NAMES_FILE = "class_names.npy"
 _FIRST_IMAGE_FILE = "class_first_image.npy"
+TABLE_FILES = (_NAMES_FILE, _FIRST_IMAGE_FILE)
+"""The files of a class table."""
 _MAX_OPEN_FILES = 512
 
 
@@ -192,9 +194,10 @@ class FileSlices:
     read; after unpickling they are opened anew.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Take the files; none is opened yet."""
+    def __init__(self, paths: Sequence[Path], *, keep_open: bool = True) -> None:
+        """Take the files; none is opened yet. `keep_open` keeps them open from read to read."""
         self.paths = tuple(paths)
+        self._keep_open = keep_open
         self._fds: dict[int, int] = {}
 
     def read(self, file: int, offset: int, size_bytes: int) -> bytes:
@@ -205,8 +208,8 @@ class FileSlices:
         """
         fd = self._fds.get(file)
         if fd is None:
-            fd = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._fds) >= _MAX_OPEN_FILES:
+            fd = self._open(file)
+            if not self._keep_open or len(self._fds) >= _MAX_OPEN_FILES:
                 # Past the limit a file is opened for one read: closing another's could hit a thread that reads it.
                 try:
                     return self._read(fd, file, offset, size_bytes)
@@ -218,6 +221,9 @@ class FileSlices:
                 os.close(fd)
                 fd = kept
         return self._read(fd, file, offset, size_bytes)
+
+    def _open(self, file: int) -> int:
+        return os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
 
     def _read(self, fd: int, file: int, offset: int, size_bytes: int) -> bytes:
         data = os.pread(fd, size_bytes, offset)

@@ -7,21 +7,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from facetrain.batch import PairBatch
 from facetrain.config import DataConfig
-from facetrain.data.decode import decode_augmented
+from facetrain.data.cached import HeldShards
 from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
+from facetrain.data.reading import FaceReader
 from facetrain.data.shards import ShardSet
 
 
@@ -34,8 +33,9 @@ class PairLoader:
     beyond. So lists that are added before `next` for step s is called take effect from step s + A on, and
     `first_undrawn_step` is that step. Without workers A is 0.
 
-    Workers are forked on Linux: they start in milliseconds where spawn takes seconds to import torch, and share the
-    class table's memory. They touch neither CUDA nor the process group, so it doesn't matter whether those are up.
+    Workers are forked on Linux, unless `data.start_method` says otherwise: they start in milliseconds where spawn takes
+    seconds to import torch, and share the class table's memory. They touch neither CUDA nor the process group, so it
+    doesn't matter whether those are up.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class PairLoader:
         Raises:
             ValueError: W doesn't divide the plan's pairs.
         """
-        self._slices = _StepSlices(plan, rank, world_size, first_step, last_step)
+        self._held = HeldShards(shards.cache, shards.manifest.shards) if shards.cache is not None else None
+        self._slices = _StepSlices(plan, rank, world_size, first_step, last_step, self._hold_for)
+        self._ahead = config.workers * config.prefetch
         self._loader: DataLoader[PairBatch | Exception] = DataLoader(
             _DecodedPairs(shards, config),
             sampler=self._slices,
@@ -73,7 +75,7 @@ class PairLoader:
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
             worker_init_fn=_start_worker if config.workers else None,
-            multiprocessing_context="fork" if config.workers and sys.platform == "linux" else None,
+            multiprocessing_context=config.start_method if config.workers and sys.platform == "linux" else None,
             pin_memory=pin_memory,
             # The DataLoader draws a seed for its workers: not from the global generator, or resuming would differ.
             generator=torch.Generator(),
@@ -114,6 +116,15 @@ class PairLoader:
         if shut_down is not None:
             shut_down()
         self._batches = iter(())
+        if self._held is not None:
+            self._held.close()
+
+    def _hold_for(self, step: int) -> None:
+        """Have at hand what the workers read when `step` is drawn: that, and the steps that they still decode."""
+        if self._held is not None:
+            slices, first_step = self._slices, max(self._slices.first_step, step - self._ahead)
+            numbers = slices.plan.shards_between(first_step, step, slices.rank, slices.world_size)
+            self._held.hold(numbers)
 
     def __enter__(self) -> Self:
         return self
@@ -127,23 +138,33 @@ class PairLoader:
 class _StepSlices(Sampler[StepPlan]):
     """One rank's rows of step after step, drawn in the main process as the DataLoader asks for them."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        last_step: int,
+        before_step: Callable[[int], None],
+    ) -> None:
         pairs_per_rank(plan.global_pairs, world_size)  # refuses an uneven world size before anything starts
-        self._plan, self._rank, self._world_size, self._last_step = plan, rank, world_size, last_step
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self.first_step, self._last_step, self._before_step = first_step, last_step, before_step
         self.next_step = first_step
 
     def __iter__(self) -> Iterator[StepPlan]:
         while self.next_step < self._last_step:
-            step_plan = self._plan.step(self.next_step)
+            self._before_step(self.next_step)
+            step_plan = self.plan.step(self.next_step)
             self.next_step += 1
-            yield step_plan.slice(self._rank, self._world_size)
+            yield step_plan.slice(self.rank, self.world_size)
 
 
 class _DecodedPairs(Dataset[PairBatch | Exception]):
     """The batch of a StepPlan; runs in a worker."""
 
     def __init__(self, shards: ShardSet, config: DataConfig) -> None:
-        self._shards, self._config = shards, config
+        self._reader, self._config = FaceReader(shards, config), config
 
     def __getitem__(self, step_plan: StepPlan) -> PairBatch | Exception:
         try:
@@ -157,18 +178,12 @@ class _DecodedPairs(Dataset[PairBatch | Exception]):
         images_VnHWC = torch.empty(2, n, side, side, channels, dtype=torch.uint8)
         pixels_VnHWC = images_VnHWC.numpy()
         images_n2, seeds_n2 = step_plan.image_idx_N2.tolist(), step_plan.augment_seeds_N2.tolist()
+        replaced: list[str] = []
         for i in range(n):
-            for view in range(2):
-                pixels_VnHWC[view, i] = self._image(images_n2[i][view], seeds_n2[i][view])
-        return PairBatch(step=step_plan.step, images_VnHWC=images_VnHWC, labels_n=torch.from_numpy(step_plan.labels_N))
-
-    def _image(self, image: int, seed: int) -> npt.NDArray[np.uint8]:
-        data = self._shards.read(image)
-        try:
-            return decode_augmented(data, self._config, seed, f"image {image}")
-        except ValueError as error:
-            # Looking up the shard's name for each image would take a tenth of the time to decode it.
-            raise ValueError(f"{self._shards.where(image)}: {error}") from None
+            (pixels_VnHWC[0, i], pixels_VnHWC[1, i]), replaced_here = self._reader.pair(images_n2[i], seeds_n2[i])
+            replaced += replaced_here
+        labels_n = torch.from_numpy(step_plan.labels_N)
+        return PairBatch(step=step_plan.step, images_VnHWC=images_VnHWC, labels_n=labels_n, replaced=tuple(replaced))
 
 
 def _start_worker(worker_id: int) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,6 +96,8 @@ class Manifest:
     """Identities of the source that rejected.jsonl lists: excluded, or with too few usable images."""
     shards: tuple[ShardInfo, ...]
     """The shards, in the order of their images."""
+    index_sha256: str = ""
+    """Checksum of class table and image index, one file after another; '' where an earlier version packed."""
 
     @property
     def image_px(self) -> int:
@@ -111,6 +114,12 @@ class Manifest:
         """One checksum of all shards, whatever their folder is called."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
+    @property
+    def sha256(self) -> str:
+        """Checksum of all that it says about the faces, whichever version packed them."""
+        content = asdict(self) | {"packer": ""}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Write manifest.json, at once or not at all."""
         write_text(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
@@ -126,15 +135,34 @@ class Manifest:
         if not path.is_file():
             lacks = "it has no manifest.json" if folder.is_dir() else "no such folder"
             raise ValueError(f"{folder}: no shards ({lacks}); `facetrain pack SOURCE {folder}` makes them")
+        return cls.parse(path.read_text(), str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> "Manifest":
+        """Read the text of a manifest.json.
+
+        Raises:
+            ValueError: It is none, or one of another version; the message calls it `name`.
+        """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(text)
             found = content["format"]
             if found == FORMAT:
                 shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
                 return cls(settings=PackSettings(**content.pop("settings")), shards=shards, **content)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a manifest of facetrain shards, can't be read: {error}") from None
-        raise ValueError(f"{path}: expected shard format {FORMAT}, got {found}; pack the source again")
+            raise ValueError(f"{name}: expected a manifest of facetrain shards, can't be read: {error}") from None
+        raise ValueError(f"{name}: expected shard format {FORMAT}, got {found}; pack the source again")
+
+
+def combined_sha256(paths: Iterable[Path]) -> str:
+    """Return the checksum of the contents of several files, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,9 +24,9 @@ import facetrain
 from facetrain.data.align import check_detector, points_from_file
 from facetrain.data.identity_lists import apply_lists
 from facetrain.data.index import ClassTable, load_array, save_array
-from facetrain.data.manifest import FORMAT, Manifest, PackSettings, write_text
+from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256, write_text
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
-from facetrain.data.shards import IMAGES_FILE, load_writer, sha256_of, sidecar_of
+from facetrain.data.shards import IMAGES_FILE, INDEX_FILES, load_writer, sha256_of, sidecar_of
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.lock import hold_folder
 
@@ -239,6 +239,7 @@ def _merge(job: Job, records: Sequence[Record], fingerprint: str, left_out: Sequ
         rejected_images=sum("image" in line for line in lines),
         dropped_identities=sum("identity" in line for line in lines),
         shards=tuple(record.info(tar.name) for record, tar in zip(records, tars, strict=True)),
+        index_sha256=combined_sha256(out / name for name in INDEX_FILES),
     )
     manifest.save(out)
     return manifest

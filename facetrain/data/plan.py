@@ -74,6 +74,14 @@ class Plan:
         """Steps in which the random stream passes every identity, ceil(I / N)."""
         return -(-len(self.identities_I) // self.global_pairs)
 
+    def describe(self) -> str:
+        """Return how often identities are drawn, in words, for the log."""
+        return f"an identity is drawn every {len(self.identities_I) / self.global_pairs:.2f} steps"
+
+    def shards_between(self, first_step: int, last_step: int, rank: int, world_size: int) -> set[int]:
+        """Return the shards that a rank needs for these steps, both included; empty: any of them."""
+        return set()
+
     def step(self, step: int) -> StepPlan:
         """Return the batch of any step, all ranks together."""
         labels_N = self._mined.get(step)

@@ -1,6 +1,6 @@
 """Shards: WebDataset tars of faces, their manifest, and reads of single images by number.
 
-Sole importer of webdataset, whose writer makes the tars. A folder of shards holds
+Sole importer of webdataset, whose writer makes the tars. A folder of shards, here or elsewhere, holds
 
     shard-000000.tar          members 0000000_0000.jpg: identity (row of the class table), image of that identity
     shard-000000.idx.npy      where each image lies in that tar
@@ -9,6 +9,8 @@ Sole importer of webdataset, whose writer makes the tars. A folder of shards hol
 """
 
 import hashlib
+import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +21,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from facetrain.data.index import BLOCK_BYTES, ClassTable, FileSlices, index_tar, load_array, row_of
+from facetrain.config import DataConfig
+from facetrain.data.cache import ShardCache
+from facetrain.data.cached import CachedSlices
+from facetrain.data.index import BLOCK_BYTES, TABLE_FILES, ClassTable, FileSlices, index_tar, load_array, row_of
 from facetrain.data.manifest import Manifest
+from facetrain.data.remote import RemoteFolder
+
+log = logging.getLogger(__name__)
 
 IMAGES_FILE = "images.npy"
 """uint32 [images, 2]: the sidecar indexes of all shards, one after another."""
+INDEX_FILES = (*TABLE_FILES, IMAGES_FILE)
+"""The files beside the manifest that a reader needs; the manifest has their checksum."""
 
 _KEY = re.compile(r"(\d{7,})_(\d{4,})\.jpg")
 
@@ -33,7 +43,9 @@ class ShardSet:
     """A folder of shards, open for reads of single images; safe over threads and forks, and can be pickled."""
 
     folder: Path
-    """The folder."""
+    """The folder with manifest and index, and with the shards where they are no remote ones."""
+    cache: ShardCache | None
+    """What fetches the shards from elsewhere; None where they are in the folder."""
     manifest: Manifest
     """Counts, sizes and checksums."""
     table: ClassTable
@@ -42,23 +54,39 @@ class ShardSet:
     _tars: FileSlices
 
     @classmethod
-    def open(cls, folder: Path) -> "ShardSet":
+    def open(cls, folder: Path, cache: ShardCache | None = None) -> "ShardSet":
         """Open a folder that `facetrain pack` made; checks files and sizes, reads no image.
+
+        Args:
+            folder: Holds manifest and index.
+            cache: Where the shards are; those that are missing are fetched, all of them at once if they fit. None:
+                in the folder.
 
         Raises:
             ValueError: The folder or a shard is missing, a shard is truncated, or an index doesn't match its tar; the
                 message names the file.
         """
         manifest = Manifest.load(folder)
-        shards = cls(
-            folder=folder,
-            manifest=manifest,
-            table=ClassTable.load(folder),
-            _places=load_array(folder / IMAGES_FILE),
-            _tars=FileSlices([folder / shard.name for shard in manifest.shards]),
-        )
-        shards._check()
+        is_whole = cache is None or cache.keeps(manifest)
+        if cache is None:
+            tars = FileSlices([folder / shard.name for shard in manifest.shards])
+        else:
+            tars = CachedSlices(cache, manifest.shards, keep_open=is_whole)
+        places = load_array(folder / IMAGES_FILE)
+        shards = cls(folder, cache, manifest, ClassTable.load(folder), places, tars)
+        shards._check_counts()
+        if cache is None:
+            shards._check_sizes()
+        elif is_whole:
+            cache.fetch(manifest.shards, progress=os.environ.get("LOCAL_RANK", "0") == "0")
+        if is_whole:
+            shards._check_headers()
         return shards
+
+    @property
+    def place(self) -> str:
+        """Where the shards come from, for messages."""
+        return str(self.folder) if self.cache is None else self.cache.remote.shown("")
 
     def read(self, image: int) -> bytes:
         """Return the JPEG of image number `image`, 0 to table.num_images - 1.
@@ -68,13 +96,15 @@ class ShardSet:
             ValueError: The shard ends before the image does; the message names the shard.
         """
         if not 0 <= image < len(self._places):
-            raise IndexError(f"image {image} of {self.folder}, which holds {len(self._places)}")
+            raise IndexError(f"image {image} of {self.place}, which holds {len(self._places)}")
         first_block, size_bytes = self._places[image].tolist()
         return self._tars.read(row_of(self._first_image, image), first_block * BLOCK_BYTES, size_bytes)
 
     def where(self, image: int) -> str:
         """Return shard and member of an image, for messages."""
-        return f"{self._tars.paths[row_of(self._first_image, image)]}: {self._member(image)}"
+        name = self.manifest.shards[row_of(self._first_image, image)].name
+        shard = self.folder / name if self.cache is None else self.cache.remote.shown(name)
+        return f"{shard}: {self._member(image)}"
 
     def verify(self) -> None:
         """Read every byte and compare checksums, keys and indexes; minutes for a large set.
@@ -83,6 +113,8 @@ class ShardSet:
             ValueError: A shard differs from what was packed; the message names it.
         """
         for info, first, path in zip(self.manifest.shards, self._first_image, self._tars.paths, strict=False):
+            if self.cache is not None:
+                self.cache.fetch([info], progress=False)
             if sha256_of(path) != info.sha256:
                 raise ValueError(
                     f"{path}: its sha256 isn't that of the manifest; `facetrain pack`, run again, repairs it"
@@ -94,7 +126,7 @@ class ShardSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapped array would be pickled as a copy of its content.
-        return ShardSet.open, (self.folder,)
+        return ShardSet.open, (self.folder, self.cache)
 
     @cached_property
     def _first_image(self) -> list[int]:
@@ -104,20 +136,25 @@ class ShardSet:
         label = self.table.identity_of(image)
         return image_key(label, image - int(self.table.first_image[label])) + ".jpg"
 
-    def _check(self) -> None:
+    def _check_counts(self) -> None:
         images, table = self.manifest.images, self.table
         if self._places.shape != (images, 2) or (table.num_images, table.num_identities) != (
             images,
             self.manifest.identities,
         ):
             raise ValueError(f"{self.folder}: index and manifest differ in their counts; run `facetrain pack` again")
-        for shard, (info, path) in enumerate(zip(self.manifest.shards, self._tars.paths, strict=True)):
+
+    def _check_sizes(self) -> None:
+        for info, path in zip(self.manifest.shards, self._tars.paths, strict=True):
             found = path.stat().st_size if path.is_file() else None
             if found is None:
                 raise ValueError(f"{path}: shard is missing; `facetrain pack`, run again, repairs it")
             if found != info.size_bytes:
                 kind = "truncated shard" if found < info.size_bytes else "not the shard that was packed"
                 raise ValueError(f"{path}: {kind}: expected {info.size_bytes} bytes, found {found}")
+
+    def _check_headers(self) -> None:
+        for shard in range(len(self.manifest.shards)):
             for image in {self._first_image[shard], self._first_image[shard + 1] - 1}:
                 self._check_header(shard, image)
 
@@ -128,6 +165,27 @@ class ShardSet:
         header = self._tars.read(shard, (first_block - 1) * BLOCK_BYTES, BLOCK_BYTES) if first_block else b""
         if header[:100].rstrip(b"\0") != member or header[124:135] != b"%011o" % size_bytes:
             raise ValueError(f"{path}: doesn't match its index at {member.decode()}; run `facetrain pack` again")
+
+
+def open_shards(config: DataConfig) -> ShardSet:
+    """Open `data.shards`, a folder here or elsewhere.
+
+    Raises:
+        ValueError: It can't be had, or isn't a folder of shards; the message names the file or URL.
+    """
+    if not config.is_remote:
+        return ShardSet.open(Path(config.shards))
+    assert config.cache_dir is not None  # the config checks it
+    remote = RemoteFolder(url=config.shards, timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
+    windowed = config.window_shards is not None
+    cache = ShardCache(Path(config.cache_dir), config.cache_bytes, remote, windowed)
+    shards = ShardSet.open(cache.fetch_tables(INDEX_FILES), cache)
+    if not windowed and not cache.keeps(shards.manifest):
+        log.warning(
+            f"data.cache_bytes: {cache.max_bytes} bytes hold a part of the {shards.manifest.size_bytes} bytes of"
+            f" {shards.place}: batches are drawn from all shards, so most images wait for a shard to be fetched"
+        )
+    return shards
 
 
 def image_key(identity: int, image: int) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from facetrain.config import Config
 from facetrain.data.decode import decode_face, thumbnail
+from facetrain.data.reading import FaceReader
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.split import HeldoutPairs, IdentitySplit, heldout_pairs
@@ -111,9 +112,10 @@ class Judge:
         assert self.heldout is not None
         images, rows = np.unique(np.stack([self.heldout.image_a, self.heldout.image_b]), return_inverse=True)
 
+        reader = FaceReader(self.shards, self.config.data)
+
         def decode(i: int) -> NDArray[np.uint8]:
-            image = int(images[i])
-            return decode_face(self.shards.read(image), self.config.data, self.shards.where(image))
+            return reader.face(int(images[i]))
 
         embeddings_ID = embed_images(
             backbone,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from facetrain.config import Config
-from facetrain.data.decode import decode_face
+from facetrain.data.reading import FaceReader
 from facetrain.data.shards import ShardSet
 from facetrain.embed import embed_images
 from facetrain.mining.embedding_table import EmbeddingTable
@@ -88,10 +88,10 @@ class Miner:
 
     def _embed(self, backbone: nn.Module, image_idx: npt.NDArray[np.int64], world: World) -> Tensor:
         """Embed images over the ranks of `world`: all of the run's, or this one alone."""
+        reader = FaceReader(self.shards, self.config.data)
 
         def decode(i: int) -> npt.NDArray[np.uint8]:
-            image = int(image_idx[i])
-            return decode_face(self.shards.read(image), self.config.data, self.shards.where(image))
+            return reader.face(int(image_idx[i]))
 
         return embed_images(backbone, decode, len(image_idx), world=world, precision=self.config.train.precision)
 
