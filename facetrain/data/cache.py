@@ -57,7 +57,7 @@ class ShardCache:
         with self._locked("sets/.lock"):
             arrived = self.folder / "sets" / "manifest.part"
             self._fetch_file(MANIFEST_FILE, arrived)
-            text = arrived.read_text()
+            text = arrived.read_text(errors="replace")
             manifest = Manifest.parse(text, self.remote.shown(MANIFEST_FILE))
             folder = self.folder / "sets" / hashlib.sha256(text.encode()).hexdigest()
             if not (folder / MANIFEST_FILE).is_file():
@@ -96,7 +96,7 @@ class ShardCache:
         self._check_disk(size_bytes, kept={self.path_of(shard) for shard in shards})
         bar = tqdm(total=size_bytes, unit="B", unit_scale=True, desc="fetch", disable=None if progress else True)
         with ThreadPoolExecutor(_FETCHING_THREADS) as threads, bar:
-            futures = {threads.submit(lambda s: os.close(self.open(s)), shard): shard for shard in missing}
+            futures = {threads.submit(lambda s: release(self.open(s)), shard): shard for shard in missing}
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -132,9 +132,11 @@ class ShardCache:
         except FileNotFoundError:
             return None
         fcntl.flock(fd, fcntl.LOCK_SH)
-        if os.fstat(fd).st_size != shard.size_bytes:  # somebody damaged it since it was checked
-            path.unlink(missing_ok=True)
-            os.close(fd)
+        is_here = _is_at(fd, path)  # or it was evicted before the lock
+        if not is_here or os.fstat(fd).st_size != shard.size_bytes:
+            if is_here:  # somebody damaged it since it was checked
+                path.unlink(missing_ok=True)
+            release(fd)
             return None
         os.utime(fd)  # its time says when it was last used
         return fd
@@ -294,7 +296,7 @@ def _lock_now(fd: int) -> bool:
 
 
 def release(fd: int) -> None:
-    """Release a lock and close its file: closing alone doesn't, where a process was forked meanwhile."""
+    """Unlock a file and close it: closing alone doesn't unlock, where a process was forked meanwhile."""
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 

@@ -57,8 +57,8 @@ class RemoteFolder:
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
     def shown(self, name: str) -> str:
-        """Return where a file is, for messages: without password and signature."""
-        url = self.url_of(name)
+        """Return where a file is, or the folder for '', for messages: without password and signature."""
+        url = self.url_of(name) if name else self.url
         if url.startswith("pipe:"):
             return url
         parts = urlsplit(url)

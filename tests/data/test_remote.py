@@ -170,3 +170,5 @@ def test_messages_hold_no_password_and_no_signature() -> None:
     remote = remote_of("https://me:secret@host:8080/shards/?signature=abc")
     assert remote.url_of("a.tar") == "https://me:secret@host:8080/shards/a.tar?signature=abc"
     assert remote.shown("a.tar") == "https://host:8080/shards/a.tar"
+    assert remote.shown("") == "https://host:8080/shards/"
+    assert remote_of("pipe:cat shards/{name}").shown("") == "pipe:cat shards/{name}"
