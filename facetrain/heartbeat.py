@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 """Seconds between the signs of life of a rank."""
 _LOST_AFTER_BEATS = 3
+_JOIN_S = 15.0
 _SILENT_AFTER_S = 30.0
 """Seconds of silence, or half of `run.timeout_s` if that is less, after which rank 0 warns."""
 
@@ -58,6 +59,8 @@ class Heartbeat:
                     raise ConnectionError(f"step {self.step}: lost {'; '.join(lost)} ({cause})") from error
         finally:
             self._ends.set()
+            # A thread that comes back from the store while Python shuts down aborts the process.
+            self._thread.join(_JOIN_S)
 
     def _run(self) -> None:
         """Leave a sign every beat; on rank 0 look at all others' as well."""

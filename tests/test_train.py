@@ -242,6 +242,29 @@ def test_a_gradient_that_is_not_finite_ends_all_ranks_and_names_the_batch(synthe
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_leads_to_the_same_weights(synthetic, tmp_path):
+    run_dir = tmp_path / "run"
+    words = flags(synthetic, run_dir, train__steps=8, data__workers=0)
+    assert facetrain("train", *words).returncode == 0
+    expected = weights(run_dir)
+    (run_dir / "results.json").unlink()  # as if killed just before the end
+    newest = run_dir / "checkpoints" / "step-00000008"
+    os.truncate(newest / "optimizer.safetensors", 1000)
+    again = facetrain("train", *words)
+    assert again.returncode == 0, again.stderr
+    assert f"{newest}: damaged (optimizer.safetensors isn't what was saved)" in again.stderr
+    assert "continues at step 4" in again.stderr
+    assert weights(run_dir) == expected
+    assert {path.name for path in newest.parent.iterdir()} == {"step-00000004", newest.name, f"{newest.name}.damaged"}
+
+    (run_dir / "results.json").unlink()
+    for file in newest.parent.glob("step-*/state.json"):
+        file.unlink()
+    refused = facetrain("train", *words)
+    assert_user_error(refused, "no checkpoint is whole", "step-00000004: state.json is missing", "remove that folder")
+
+
+@pytest.mark.slow
 def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_path):
     words = flags(synthetic, tmp_path / "run", train__steps=0)
     assert facetrain("train", *words).returncode == 0
