@@ -14,11 +14,11 @@ from facetrain.config import DataConfig, RunConfig
 from facetrain.data.decode import decode_face, thumbnail
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import open_faces
-from facetrain.evaluate import EmbedOptions, Network, embed_all, open_network
 from facetrain.evaluation.audit import Candidate, bounds_of, duplicates, mixtures, overlaps, telling_score
 from facetrain.evaluation.html_page import Html, box, page, picture, section, text
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.evaluation.judge import PICTURE_PX
+from facetrain.networks import EmbedOptions, Network, embed_all, open_network
 from facetrain.world import World, start_world
 
 MOST_SHOWN = 100

@@ -1,21 +1,17 @@
 """Evaluate somebody's weights or embeddings on a set of faces: what `facetrain lfw` and `facetrain compare` do."""
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from facetrain.config import DataConfig, RunConfig
-from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
-from facetrain.data.decode import decode_face, present_face, thumbnail
-from facetrain.data.sources import FaceSource, open_faces
+from facetrain.data.decode import decode_face, thumbnail
+from facetrain.data.sources import open_faces
 from facetrain.data.verification_bin import read_verification_bin
-from facetrain.embed import embed_images
 from facetrain.evaluation.compare import compare, format_comparison, write_comparison
 from facetrain.evaluation.distractors import Crowd, DistractorScores, Search, open_crowd, search_crowd
 from facetrain.evaluation.inputs import ImageKey, PairList, face_set, image_name, load_embeddings_npz, unit_vectors
@@ -23,33 +19,11 @@ from facetrain.evaluation.judge import PICTURE_PX, pictures_of
 from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.report import report_to_folder
-from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
-from facetrain.weights import load_backbone
+from facetrain.networks import Device, EmbedOptions, Photographs, embed_all, open_network
 from facetrain.world import World, start_world
 
 BIN_FOLDS = 10
 """Folds of a verification file, which doesn't say."""
-
-Device = Literal["auto", "cpu", "cuda"]
-
-Decode = Callable[[int, DataConfig], NDArray[np.uint8]]
-"""Image number and a network's preprocessing -> what that network sees."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
-    """How faces become embeddings."""
-
-    mirror: bool = True
-    """Add the embedding of the mirrored image."""
-    device: Device = "auto"
-    """auto: cuda where there is one."""
-    onnx: OnnxInput = field(default_factory=OnnxInput)
-    """What ONNX networks expect."""
-    landmarks: Path | None = None
-    """Five points of each photograph, by which it is aligned."""
-    detector: Path | None = None
-    """YuNet, which finds the five points; None and no landmarks take the images as aligned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,31 +46,6 @@ class Distractors:
         if crowd is None:
             return None
         return search_crowd(unit_vectors(names, embeddings), crowd, world, search=self.search, progress=True)
-
-
-@dataclass(frozen=True)
-class Network:
-    """Something that embeds faces, with the preprocessing that it was made for."""
-
-    file: Path
-    backbone: nn.Module
-    data: DataConfig
-    precision: Literal["float32", "bfloat16"]
-
-
-def open_network(file: Path, onnx: OnnxInput) -> Network:
-    """Open a run folder, a .safetensors file with its config, or an ONNX file.
-
-    Raises:
-        ValueError: The weights or the network can't be used; the message names the file.
-        FileNotFoundError: There are none.
-    """
-    if file.suffix != ".onnx":
-        backbone, config = load_backbone(file)
-        return Network(file, backbone, config.data, config.train.precision)
-    network = OnnxBackbone(file, onnx)
-    data = DataConfig(image_px=network.image_px, colour="rgb" if network.channels == 3 else "grey")
-    return Network(file, network, data, "float32")
 
 
 def evaluate_embeddings(
@@ -157,7 +106,7 @@ def evaluate_checkpoints(
         ValueError: The weights, the images or a list can't be used; the message names the file.
     """
     networks = [open_network(file, options.onnx) for file in checkpoints]
-    photographs = _Photographs.open(images, options)
+    photographs = Photographs.open(images, options)
     names = photographs.faces.names
     read_lists(names, request)
     crowd = distractors.open()
@@ -238,7 +187,7 @@ def compare_files(
         raise ValueError(f"--images: expected {expected}, got {len(images)}")
     stored = {file: load_embeddings_npz(file) for file in (a, b) if file.suffix == ".npz"}
     networks = {file: open_network(file, options.onnx) for file in files}
-    photographs = _Photographs.open(images, options) if images else None
+    photographs = Photographs.open(images, options) if images else None
     names = photographs.faces.names if photographs else stored[a][0]
     read_lists(names, request)
     embeddings = {file: _in_order(file, *stored[file], names) for file in stored}
@@ -254,72 +203,6 @@ def compare_files(
             sys.stdout.write(format_comparison(comparison, str(a), str(b)))
 
         world.on_main(report)
-
-
-def embed_all(
-    networks: Sequence[Network], decode: Decode, names: Sequence[str], options: EmbedOptions, world: World
-) -> NDArray[np.float32]:
-    """Embed images with each network over all ranks; float32 [n, sum of D], the same on every rank.
-
-    Of several networks each gets the same say: its part is of unit length.
-
-    Raises:
-        ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite.
-    """
-    parts = []
-    for network in networks:
-        embeddings = embed_images(
-            network.backbone.to(world.device),
-            _seen_by(network, decode),
-            len(names),
-            world=world,
-            precision=network.precision,
-            mirror=options.mirror,
-            progress="embed",
-        )
-        parts.append(embeddings.cpu().numpy())
-    if len(parts) == 1:
-        return parts[0]
-    for number, network in enumerate(networks):
-        try:
-            parts[number] = unit_vectors(names, parts[number])
-        except ValueError as error:
-            raise ValueError(f"{network.file}: {error}") from None
-    return np.concatenate(parts, axis=1)
-
-
-@dataclass(frozen=True)
-class _Photographs:
-    """Images to embed, aligned on the way where asked for."""
-
-    faces: FaceSource
-    aligner: FaceAligner | None
-
-    @classmethod
-    def open(cls, images: Sequence[Path], options: EmbedOptions) -> "_Photographs":
-        find: FindPoints | None = None
-        if options.landmarks:
-            find = points_from_file(options.landmarks)
-        elif options.detector:
-            find = YunetDetector(options.detector)
-        return cls(open_faces(images), FaceAligner(find) if find else None)
-
-    def decode(self, image: int, data: DataConfig) -> NDArray[np.uint8]:
-        name = self.faces.names[image]
-        if self.aligner is None:
-            return decode_face(self.faces.read(image), data, name)
-        return present_face(self.aligner.align(self.faces.read(image), name), data)
-
-    def not_aligned(self, world: World) -> tuple[str, ...] | None:
-        """Return the images of all ranks whose face wasn't found."""
-        if self.aligner is None:
-            return None
-        found = world.all_gather_object(self.aligner.not_found)
-        return tuple(sorted({name for names in found for name in names}))
-
-
-def _seen_by(network: Network, decode: Decode) -> Callable[[int], NDArray[np.uint8]]:
-    return lambda image: decode(image, network.data)
 
 
 def _in_order(

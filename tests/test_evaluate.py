@@ -17,10 +17,10 @@ from facetrain.config import Config, DataConfig, ModelConfig
 from facetrain.data.align import TEMPLATE
 from facetrain.data.decode import decode_face
 from facetrain.data.sources import open_faces
-from facetrain.evaluate import EmbedOptions, embed_all, open_network
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models import build_backbone
 from facetrain.models.onnx_backbone import OnnxInput
+from facetrain.networks import EmbedOptions, embed_all, open_network
 from facetrain.world import World, start_world
 
 

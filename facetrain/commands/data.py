@@ -101,7 +101,7 @@ def audit(argv: Sequence[str]) -> None:
     if args.min_score is not None and not -1 <= args.min_score <= 1:
         raise ValueError(f"--min-score: expected a cosine, -1 to 1, got {args.min_score}")
     from facetrain.audit import audit_shards
-    from facetrain.evaluate import EmbedOptions
+    from facetrain.networks import EmbedOptions
 
     against = [Path(path) for path in args.against or ()]
     options = EmbedOptions(mirror=not args.no_mirror, device=args.device)

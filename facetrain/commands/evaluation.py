@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from facetrain.command_line import new_parser, parse_arguments
 
 if TYPE_CHECKING:
-    from facetrain.evaluate import EmbedOptions
     from facetrain.evaluation.lists import Request
+    from facetrain.networks import EmbedOptions
 
 
 def lfw(argv: Sequence[str]) -> None:
@@ -125,8 +125,8 @@ def _request(args: Any, convention: Literal["exact", "insightface"] = "exact") -
 def _embed_options(args: Any) -> "EmbedOptions":
     if args.landmarks is not None and args.detector is not None:
         raise ValueError("--landmarks, --detector: expected one of them, got both")
-    from facetrain.evaluate import EmbedOptions
     from facetrain.models.onnx_backbone import OnnxInput
+    from facetrain.networks import EmbedOptions
 
     return EmbedOptions(
         mirror=not args.no_mirror,
