@@ -4,6 +4,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from facetrain.checkpoint.weights import init_weights_from
 from facetrain.config import Config
 from facetrain.data.plan import Plan, pairs_per_rank
 from facetrain.data.shards import ShardSet, open_shards
@@ -12,7 +13,6 @@ from facetrain.data.window import WindowedPlan
 from facetrain.evaluation.judge import Judge
 from facetrain.mining.mode import check_mode
 from facetrain.models import build_backbone
-from facetrain.weights import init_weights_from
 from facetrain.world import World
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from facetrain.checkpoint.weights import load_backbone
 from facetrain.config import DataConfig
 from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
 from facetrain.data.decode import decode_face, present_face
@@ -16,7 +17,6 @@ from facetrain.data.sources import FaceSource, open_faces
 from facetrain.embed import embed_images
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
-from facetrain.weights import load_backbone
 from facetrain.world import World
 
 Device = Literal["auto", "cpu", "cuda"]

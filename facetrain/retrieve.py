@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from facetrain.checkpoint.weights import load_backbone
 from facetrain.data.sources import open_faces
 from facetrain.evaluation.clustering import Agreement, cluster
 from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
@@ -26,7 +27,6 @@ from facetrain.evaluation.retrieval import (
     retrieve,
     verify_against_negatives,
 )
-from facetrain.weights import load_backbone
 from facetrain.world import start_world
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from facetrain.checkpoint_folder import newest_checkpoint, tidy
+from facetrain.checkpoint.folder import newest_checkpoint, tidy
+from facetrain.checkpoint.weights import save_config
 from facetrain.command_line import differing_keys, load_config
 from facetrain.config import Config
 from facetrain.lock import hold_folder
-from facetrain.weights import save_config
 from facetrain.world import World
 
 # What may change between an interruption and its continuation: nothing that the weights depend on.

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from facetrain.checkpoint import TrainState, load_optimizer, load_state, load_table_rows
-from facetrain.checkpoint_folder import checkpoint_folder
+from facetrain.checkpoint.folder import checkpoint_folder
+from facetrain.checkpoint.saver import Saver
+from facetrain.checkpoint.state import TrainState, load_optimizer, load_state, load_table_rows
+from facetrain.checkpoint.weights import init_weights_from, load_weights, save_weights
 from facetrain.command_line import config_yaml, parse_config, run_command
 from facetrain.config import Config
 from facetrain.data.loader import PairLoader
@@ -22,19 +24,17 @@ from facetrain.data.plan import count_draws, pairs_per_rank
 from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
-from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
-from facetrain.heartbeat import Heartbeat
 from facetrain.inputs import Inputs, check_same_shards, open_inputs
 from facetrain.masking import mask_secrets
 from facetrain.mining.miner import Miner
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
-from facetrain.saver import Saver
 from facetrain.step import train_step
-from facetrain.stop import StopRequest
-from facetrain.stragglers import StepClock, TimedLoss
 from facetrain.tracking import Tracker
-from facetrain.weights import init_weights_from, load_weights, save_weights
+from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
+from facetrain.watch.heartbeat import Heartbeat
+from facetrain.watch.stop import StopRequest
+from facetrain.watch.stragglers import StepClock, TimedLoss
 from facetrain.world import World, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from facetrain.checkpoint import save_weights
+from facetrain.checkpoint.weights import save_weights
 from facetrain.cli import main
 from facetrain.config import Config, DataConfig, ModelConfig
 from facetrain.data.shards import ShardSet

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from facetrain.checkpoint import save_weights
+from facetrain.checkpoint.weights import save_weights
 from facetrain.cli import main
 from facetrain.config import Config, DataConfig, ModelConfig
 from facetrain.data.align import TEMPLATE

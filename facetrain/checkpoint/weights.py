@@ -12,7 +12,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from facetrain.checkpoint_folder import flush, newest_checkpoint
+from facetrain.checkpoint.folder import flush, newest_checkpoint
 from facetrain.command_line import config_yaml, load_config
 from facetrain.config import Config
 from facetrain.models import Backbone, build_backbone

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from facetrain.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.step import StepStats
+from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.world import World
 
 

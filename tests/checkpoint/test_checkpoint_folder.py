@@ -15,10 +15,10 @@ from distributed.ranks import run_ranks
 from safetensors.torch import load_file
 from test_checkpoint import config_of, make_engine, train
 
-from facetrain.checkpoint import TrainState, load_state, write_checkpoint
-from facetrain.checkpoint_folder import SUMS_FILE, checkpoint_folder, damage_of, newest_checkpoint, prune, tidy
+from facetrain.checkpoint.folder import SUMS_FILE, checkpoint_folder, damage_of, newest_checkpoint, prune, tidy
+from facetrain.checkpoint.saver import Saver
+from facetrain.checkpoint.state import TrainState, load_state, write_checkpoint
 from facetrain.config import Config, TrainConfig
-from facetrain.saver import Saver
 from facetrain.world import World
 
 CONFIG = Config(train=TrainConfig(keep_checkpoints=2))

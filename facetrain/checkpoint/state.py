@@ -20,10 +20,10 @@ from safetensors.numpy import save as array_bytes
 from safetensors.torch import load_file as load_tensors
 from torch import Tensor
 
-from facetrain.checkpoint_folder import aside_of, checkpoint_folder, flush_and_sum, prune, publish
+from facetrain.checkpoint.folder import aside_of, checkpoint_folder, flush_and_sum, prune, publish
+from facetrain.checkpoint.weights import read_tensors, save_tensors, save_weights
 from facetrain.config import Config
 from facetrain.engine import Engine
-from facetrain.weights import read_tensors, save_tensors, save_weights
 from facetrain.world import World
 
 

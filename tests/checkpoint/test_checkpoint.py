@@ -3,12 +3,12 @@ import pytest
 import torch
 from distributed.ranks import run_ranks
 
-from facetrain.checkpoint import TrainState, load_optimizer, load_state, load_table_rows, save_checkpoint
-from facetrain.checkpoint_folder import newest_checkpoint
+from facetrain.checkpoint.folder import newest_checkpoint
+from facetrain.checkpoint.state import TrainState, load_optimizer, load_state, load_table_rows, save_checkpoint
+from facetrain.checkpoint.weights import load_backbone
 from facetrain.config import Config, DataConfig, ModelConfig, TrainConfig
 from facetrain.engine import Engine
 from facetrain.models import build_backbone
-from facetrain.weights import load_backbone
 
 SAVED = [("sgd", 2), ("sgd", 3), ("adamw", 2), ("adamw", 3)]
 

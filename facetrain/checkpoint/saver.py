@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from facetrain.checkpoint import TrainState, save_checkpoint
+from facetrain.checkpoint.state import TrainState, save_checkpoint
 from facetrain.config import Config
 from facetrain.engine import Engine
 from facetrain.world import World

@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT
 from distributed.ranks import run_ranks
 
-from facetrain.stragglers import StepClock
+from facetrain.watch.stragglers import StepClock
 from facetrain.world import World
 
 COUNT_STEPS = """
