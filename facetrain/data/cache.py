@@ -57,9 +57,9 @@ class ShardCache:
         with self._locked("sets/.lock"):
             arrived = self.folder / "sets" / "manifest.part"
             self._fetch_file(MANIFEST_FILE, arrived)
-            text = arrived.read_text(errors="replace")
-            manifest = Manifest.parse(text, self.remote.shown(MANIFEST_FILE))
-            folder = self.folder / "sets" / hashlib.sha256(text.encode()).hexdigest()
+            data = arrived.read_bytes()
+            manifest = Manifest.parse(data, self.remote.shown(MANIFEST_FILE))
+            folder = self.folder / "sets" / hashlib.sha256(data).hexdigest()
             if not (folder / MANIFEST_FILE).is_file():
                 folder.mkdir(exist_ok=True)
                 for name in names:

@@ -135,17 +135,17 @@ class Manifest:
         if not path.is_file():
             lacks = "it has no manifest.json" if folder.is_dir() else "no such folder"
             raise ValueError(f"{folder}: no shards ({lacks}); `facetrain pack SOURCE {folder}` makes them")
-        return cls.parse(path.read_text(), str(path))
+        return cls.parse(path.read_bytes(), str(path))
 
     @classmethod
-    def parse(cls, text: str, name: str) -> "Manifest":
-        """Read the text of a manifest.json.
+    def parse(cls, data: bytes, name: str) -> "Manifest":
+        """Read the bytes of a manifest.json.
 
         Raises:
             ValueError: It is none, or one of another version; the message calls it `name`.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(data)
             found = content["format"]
             if found == FORMAT:
                 shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
