@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+# As in tests/run.sh, and before torch is imported: a process that is forked from one with OpenMP threads hangs in torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
