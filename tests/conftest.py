@@ -8,7 +8,7 @@ import pytest
 # As in tests/run.sh, and before torch is imported: a process that is forked from one with OpenMP threads hangs in torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
