@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# As in tests/run.sh, and before torch is imported: a process that is forked from one with OpenMP threads hangs in torch.
+# As in tests/run.sh, and before torch is imported: what is forked from a process with OpenMP threads hangs in torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch

@@ -17,7 +17,7 @@ from facetrain.world import World
 COUNT_STEPS = """
 import logging, os, sys, time
 import torch
-from facetrain import heartbeat
+from facetrain.watch import heartbeat
 from facetrain.command_line import user_errors
 from facetrain.world import start_world
 
