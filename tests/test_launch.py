@@ -100,6 +100,7 @@ def test_what_can_not_be_launched_is_said_before_it_is_submitted(tmp_path: Path)
     assert_user_error(facetrain(*config, cwd=tmp_path, PATH="/nowhere"), "sbatch: not found", "--dry-run")
 
 
+@pytest.mark.slow
 def test_the_doctor_measures_what_a_config_needs(tmp_path: Path) -> None:
     words = ("--doctor", "--nproc-per-node", "2", "--", "--config", CONFIGS[0], "--data.shards", "nowhere")
     done = launch("torchrun.sh", *words, "--run.dir", "runs/new", cwd=tmp_path)
