@@ -23,20 +23,31 @@ class Saver:
         self._num_failed = 0
         self._saved_best = (state.best_value, state.best_step)
 
-    def save(self, engine: Engine, state: TrainState, *, table_rows: Mapping[str, Tensor], must: bool) -> None:
+    def save(
+        self,
+        engine: Engine,
+        state: TrainState,
+        *,
+        table_rows: Mapping[str, Tensor],
+        class_vectors: Mapping[str, Tensor],
+        must: bool,
+    ) -> None:
         """Write the checkpoint of `state.step`, or warn; every rank must call it, and does the same.
 
         Args:
             engine: Holds weights and optimizer.
             state: What else is saved. Where it calls this step the best and can't be saved, the best before is again.
             table_rows: This rank's part of the mining table; see `save_checkpoint`.
+            class_vectors: What the loss has learned; see `save_checkpoint`.
             must: Training ends here, so that a failure can't wait for a next time.
 
         Raises:
             OSError: A rank can't write, and `must`, or `train.max_failed_saves` in a row have failed before.
         """
         try:
-            save_checkpoint(self.run_dir, engine, state, self.config, self.world, table_rows=table_rows)
+            save_checkpoint(
+                self.run_dir, engine, state, self.config, self.world, table_rows=table_rows, class_vectors=class_vectors
+            )
         except OSError as error:  # on all ranks alike
             self._num_failed += 1
             limit = self.config.train.max_failed_saves

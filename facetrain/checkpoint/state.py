@@ -1,7 +1,8 @@
 """Checkpoints: atomic save, resume at any number of ranks, prune.
 
 A checkpoint is a folder `checkpoints/step-00001000/`: `model.safetensors` and `config.yaml` (all that embedding needs),
-`optimizer.safetensors`, `plan.safetensors` and `state.json`; with mining.mode=table also each rank's part of the table,
+`optimizer.safetensors`, `plan.safetensors` and `state.json`; `class_vectors.safetensors` where the loss has them;
+with mining.mode=table also each rank's part of the table,
 `mining_table-00000.safetensors` and so on; and `SHA256SUMS`, which proves that it is whole.
 """
 
@@ -24,6 +25,7 @@ from facetrain.checkpoint.folder import aside_of, checkpoint_folder, flush_and_s
 from facetrain.checkpoint.weights import read_tensors, save_tensors, save_weights
 from facetrain.config import Config
 from facetrain.engine import Engine
+from facetrain.losses.class_vectors import ClassVectors
 from facetrain.world import World
 
 
@@ -53,6 +55,7 @@ def save_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
+    class_vectors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of `state.step`; every rank must call it.
 
@@ -64,12 +67,15 @@ def save_checkpoint(
         world: The ranks.
         table_rows: This rank's part of the mining table: consecutive rows of each tensor, and in `first_row` the number
             of the first. None or empty is no table.
+        class_vectors: What `ClassVectors.state` returned; None or empty where the loss has none.
 
     Raises:
         OSError: A rank can't write, as on a full disk; on every rank. Nothing is left of it, and nothing is pruned.
     """
     weights, optimizer_state = engine.weights(), engine.optimizer_state()  # over all ranks
-    return write_checkpoint(run_dir, weights, optimizer_state, state, config, world, table_rows=table_rows)
+    return write_checkpoint(
+        run_dir, weights, optimizer_state, state, config, world, table_rows=table_rows, class_vectors=class_vectors
+    )
 
 
 def write_checkpoint(
@@ -81,6 +87,7 @@ def write_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
+    class_vectors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint from what the engine gave; every rank must call it. Arguments and errors: `save_checkpoint`.
 
@@ -105,6 +112,8 @@ def write_checkpoint(
     def write(sums: Mapping[str, str]) -> None:
         save_weights(weights, config, aside)
         save_tensors(optimizer_state, aside / "optimizer.safetensors")
+        if class_vectors:
+            save_tensors(dict(class_vectors), aside / "class_vectors.safetensors")
         arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
         (aside / "plan.safetensors").write_bytes(array_bytes(arrays))
         scalars = {key: value for key, value in vars(state).items() if key not in ("draws", "mined")}
@@ -166,6 +175,19 @@ def load_table_rows(folder: Path, rows: range) -> dict[str, Tensor]:
             f"{folder}: not a whole checkpoint ({missing} of {len(rows)} rows of the mining table are gone)"
         )
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+
+def load_class_vectors(folder: Path, class_vectors: ClassVectors) -> None:
+    """Put what the loss had learned at a checkpoint into its vectors.
+
+    Raises:
+        ValueError: The file is missing, damaged, or of other classes.
+    """
+    file = folder / "class_vectors.safetensors"
+    try:
+        class_vectors.load(read_tensors(load_tensors, file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load_optimizer(folder: Path, engine: Engine) -> None:
