@@ -35,6 +35,8 @@ class LibraryLoss(Loss):
         self.seed = seed
         try:
             import pytorch_metric_learning as library
+            import pytorch_metric_learning.losses
+            import pytorch_metric_learning.miners  # which also imports the distances and reducers
         except ImportError:
             raise ValueError(
                 f"loss.name: '{config.name}' needs pytorch-metric-learning; pip install 'facetrain[metric-learning]'"
