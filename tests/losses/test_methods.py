@@ -1,11 +1,22 @@
 """Each loss is its formula, written down face by face, and its gradient is that of its value."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from losses import formulas
 from torch.utils.checkpoint import checkpoint
 
-from facetrain.command_line import parse_config
+from facetrain.config import LossConfig, TrainConfig
+from facetrain.config.loss_parameters import (
+    AngularConfig,
+    ArcFaceConfig,
+    ContrastiveConfig,
+    GroupConfig,
+    ProxyNcaConfig,
+    RankedListConfig,
+    TripletConfig,
+)
 from facetrain.losses.build import build_loss
 from facetrain.losses.classes import cosine_with_margin
 from facetrain.losses.group import draw_anchors
@@ -19,44 +30,41 @@ LABELS = {
     "four images each": torch.tensor([3, 3, 7, 7, 19, 19]),
 }
 OURS = [
-    ("angular",),
-    ("angular", "--loss.angular.angle_deg", "36", "--loss.angular.negatives", "positives"),
-    ("npair-angular", "--loss.angular.weight", "0.7"),
-    ("softmax",),
-    ("arcface", "--loss.arcface.scale", "6"),
-    ("arcface", "--loss.arcface.scale", "6", "--loss.arcface.margin_rad", "1.4"),
-    ("proxy-nca", "--loss.proxy_nca.scale", "3"),
-    ("proxy-nca", "--loss.proxy_nca.own_in_denominator", "true"),
-    ("group",),
-    ("group", "--loss.group.iterations", "3", "--loss.group.temperature", "2"),
-    ("group", "--loss.group.anchors", "0"),
+    LossConfig(name="angular"),
+    LossConfig(name="angular", angular=AngularConfig(angle_deg=36, negatives="positives")),
+    LossConfig(name="npair-angular", angular=AngularConfig(weight=0.7)),
+    LossConfig(name="softmax"),
+    LossConfig(name="arcface", arcface=ArcFaceConfig(scale=6)),
+    LossConfig(name="arcface", arcface=ArcFaceConfig(scale=6, margin_rad=1.4)),
+    LossConfig(name="proxy-nca", proxy_nca=ProxyNcaConfig(scale=3)),
+    LossConfig(name="proxy-nca", proxy_nca=ProxyNcaConfig(own_in_denominator=True)),
+    LossConfig(name="group"),
+    LossConfig(name="group", group=GroupConfig(iterations=3, temperature=2)),
+    LossConfig(name="group", group=GroupConfig(anchors=0)),
 ]
 LIBRARY = [
-    ("contrastive", "--loss.contrastive.margin", "1.3"),
-    ("triplet", "--loss.triplet.mining", "random"),
-    ("triplet", "--loss.triplet.mining", "semi-hard", "--loss.triplet.margin", "0.6"),
-    ("triplet", "--loss.triplet.mining", "batch-hard"),
-    ("lifted",),
-    ("ranked-list",),
-    ("ranked-list", "--loss.ranked_list.negative_share", "0.8", "--loss.ranked_list.temperature", "0"),
-    ("multi-similarity",),
+    LossConfig(name="contrastive", contrastive=ContrastiveConfig(margin=1.3)),
+    LossConfig(name="triplet", triplet=TripletConfig(mining="random")),
+    LossConfig(name="triplet", triplet=TripletConfig(mining="semi-hard", margin=0.6)),
+    LossConfig(name="triplet", triplet=TripletConfig(mining="batch-hard")),
+    LossConfig(name="lifted"),
+    LossConfig(name="ranked-list"),
+    LossConfig(name="ranked-list", ranked_list=RankedListConfig(negative_share=0.8, temperature=0)),
+    LossConfig(name="multi-similarity"),
 ]
 
 
-def make_loss(case, *more, world=None):
-    flags = ("--loss.name", *case, "--loss.l2_weight", "0.01", *more)
-    config = parse_config(flags, prog="x")
-    loss = build_loss(
-        config.loss,
-        config.train,
-        world or World(),
-        identities=IDENTITIES.numpy(),
-        embedding_dim=WIDTH,
-        seed=SEED,
-    )
+def make_loss(config):
+    config = replace(config, l2_weight=0.01)
+    identities = IDENTITIES.numpy()
+    loss = build_loss(config, TrainConfig(), World(), identities=identities, embedding_dim=WIDTH, seed=SEED)
     if loss.class_vectors is not None:
         loss.class_vectors.rows_cD = loss.class_vectors.rows_cD.detach().double().requires_grad_()
     return loss
+
+
+def name_of(case):
+    return case.name
 
 
 def pairs():
@@ -90,7 +98,7 @@ def by_the_formula(loss, anchors, positives, labels):
     return getattr(formulas, name.replace("-", "_"))(faces, doubled, **settings)
 
 
-@pytest.mark.parametrize("case", OURS + LIBRARY, ids=" ".join)
+@pytest.mark.parametrize("case", OURS + LIBRARY, ids=name_of)
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_a_loss_and_its_gradient_are_those_of_its_formula(case, labels):
     faces = pairs()
@@ -105,7 +113,7 @@ def test_a_loss_and_its_gradient_are_those_of_its_formula(case, labels):
         torch.testing.assert_close(got, gradient, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", OURS, ids=" ".join)
+@pytest.mark.parametrize("case", OURS, ids=name_of)
 def test_ours_pass_gradcheck(case):
     loss = make_loss(case)
     vectors = [loss.class_vectors.rows_cD] if loss.class_vectors else []
@@ -121,12 +129,11 @@ def test_ours_pass_gradcheck(case):
     assert torch.autograd.gradcheck(recomputed, (pairs(), *vectors))
 
 
-@pytest.mark.parametrize("case", [("softmax",), ("arcface",), ("group",)], ids=" ".join)
+@pytest.mark.parametrize("case", [OURS[3], OURS[4], OURS[8]], ids=name_of)
 def test_tiles_of_classes_change_nothing(case):
     outcomes = []
     for tile_bytes in (1 << 20, 2 * 12 * 8, 1):
-        faces, loss = pairs(), make_loss(case, "--loss.tile_bytes", "512")
-        object.__setattr__(loss.config, "tile_bytes", tile_bytes)  # the config refuses less than a row of all pairs
+        faces, loss = pairs(), make_loss(replace(case, tile_bytes=tile_bytes))
         total = loss(*faces, LABELS["distinct"], step=STEP).total
         outcomes.append([total.detach(), *torch.autograd.grad(total, [faces, loss.class_vectors.rows_cD])])
     for tiled in outcomes[1:]:
@@ -135,13 +142,13 @@ def test_tiles_of_classes_change_nothing(case):
 
 
 def test_softmax_keeps_its_gradient_at_a_small_loss():
-    loss = make_loss(("softmax",))
+    loss = make_loss(LossConfig(name="softmax"))
     vectors = 12 * torch.eye(9, WIDTH, dtype=torch.float64)[:, :WIDTH]
     vectors[5:] = -vectors[:4]
     gradients = []
     for dtype in (torch.float64, torch.float32):
-        loss.class_vectors.rows_cD = vectors.to(dtype).requires_grad_()
-        faces = (0.2 * vectors[[0, 1]]).to(dtype)
+        loss.class_vectors.rows_cD = vectors.to(dtype, copy=True).requires_grad_()
+        faces = (0.2 * vectors[[0, 1]]).to(dtype, copy=True)
         value = loss(faces, faces, IDENTITIES[[0, 1]])
         gradients.append(torch.autograd.grad(value.total, loss.class_vectors.rows_cD)[0].double())
     assert value.data < 1e-6
@@ -160,7 +167,7 @@ def test_arcface_has_a_finite_gradient_where_a_face_lies_on_its_class_and_falls_
 def test_proxy_nca_with_the_own_proxy_is_the_librarys():
     from pytorch_metric_learning.losses import ProxyNCALoss
 
-    loss = make_loss(("proxy-nca", "--loss.proxy_nca.own_in_denominator", "true", "--loss.proxy_nca.scale", "3"))
+    loss = make_loss(LossConfig(name="proxy-nca", proxy_nca=ProxyNcaConfig(own_in_denominator=True, scale=3)))
     anchors, positives = pairs()
     theirs = ProxyNCALoss(len(IDENTITIES), WIDTH, softmax_scale=3)
     theirs.proxies.data = loss.class_vectors.rows_cD.detach().float()
@@ -173,4 +180,4 @@ def test_proxy_nca_with_the_own_proxy_is_the_librarys():
 def test_without_its_library_a_loss_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pytorch_metric_learning", None)
     with pytest.raises(ValueError, match=r"loss\.name: 'lifted' needs pytorch-metric-learning; pip install"):
-        make_loss(("lifted",))
+        make_loss(LossConfig(name="lifted"))
