@@ -115,9 +115,16 @@ def each_rank_its_classes(x: Tensor, world: World) -> Tensor:
     return scaled
 
 
-def sum_over_ranks(x: Tensor, world: World) -> Tensor:
-    """Return the sum of all ranks' x, with gradient, where all ranks go on to compute the same of it."""
-    total: Tensor = _SumOverRanks.apply(x, world)
+def sum_over_ranks(x: Tensor, world: World, *, for_own_classes: bool = False) -> Tensor:
+    """Return the sum of all ranks' x, with gradient.
+
+    Args:
+        x: This rank's part.
+        world: The ranks.
+        for_own_classes: Each rank goes on with its own classes, so that the sum's gradient is in parts too, and is
+            summed; otherwise all go on to compute the same of it, and each knows the gradient.
+    """
+    total: Tensor = _SumOverRanks.apply(x, world, for_own_classes)
     return total
 
 
@@ -178,15 +185,16 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Forward: an all-reduce. Backward: nothing, since every rank's part counts once, and all know the gradient."""
+    """Over all ranks: an all-reduce in forward, and one in backward where the gradient is in parts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+    def forward(ctx: Any, x: Tensor, world: World, for_own_classes: bool) -> Tensor:
+        ctx.world = world if for_own_classes else World()
         return world.all_reduce_sum_(x.clone())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.world.all_reduce_sum_(grad.clone()), None, None
 
 
 def _normal_rows(first: int, end: int, width: int, seed: int) -> Tensor:

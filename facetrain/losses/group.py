@@ -52,16 +52,18 @@ class GroupLoss(Loss):
 
         logits_Mc = faces_MD @ y_cD.T / settings.temperature
         maxima_M = world.all_reduce_max_(logits_Mc.detach().amax(dim=1))
-        exponentials_Mc = (logits_Mc - maxima_M[:, None]).exp()
-        answers_Mc = exponentials_Mc / sum_over_ranks(exponentials_Mc.sum(dim=1), world)[:, None]
+        answers_Mc = self._normalised((logits_Mc - maxima_M[:, None]).exp())
         is_own_Mc = torch.arange(len(y_cD), device=faces_MD.device) == columns_M[:, None]
         is_anchor_M = draw_anchors(labels_M, settings.anchors, seed=self.seed, step=step)
         answers_Mc = torch.where(is_anchor_M[:, None], is_own_Mc.to(answers_Mc.dtype), answers_Mc)
         alike_MM = pearson(faces_MD).relu()
         for _ in range(settings.iterations):
-            answers_Mc = answers_Mc * (alike_MM @ answers_Mc)
-            answers_Mc = answers_Mc / sum_over_ranks(answers_Mc.sum(dim=1), world)[:, None]
+            answers_Mc = self._normalised(answers_Mc * (alike_MM @ answers_Mc))
         return cross_entropy - (own_entries(answers_Mc, columns_M, world) + 1e-12).log().mean()
+
+    def _normalised(self, x_Mc: Tensor) -> Tensor:
+        """Return the rows, which go on over all ranks' columns, divided by their sums."""
+        return x_Mc / sum_over_ranks(x_Mc.sum(dim=1), self.world, for_own_classes=True)[:, None]
 
 
 def pearson(x_MD: Tensor) -> Tensor:
