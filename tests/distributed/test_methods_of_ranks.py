@@ -141,6 +141,7 @@ def train_all(world):
     return changes
 
 
+@pytest.mark.slow
 def test_the_engine_trains_network_and_class_vectors_alike_on_any_ranks():
     (expected,) = run_ranks(train_all, 1, timeout_s=240)
     for changes in run_ranks(train_all, 2, timeout_s=240):
