@@ -99,7 +99,7 @@ class LossConfig:
 
     def _check_whose(self) -> None:
         """Refuse settings of another loss than the chosen one."""
-        for section in {section for sections in _SECTIONS_OF.values() for section in sections}:
+        for section in dict.fromkeys(section for sections in _SECTIONS_OF.values() for section in sections):
             users = [loss for loss, sections in _SECTIONS_OF.items() if section in sections]
             settings = getattr(self, section)
             for key in () if self.name in users else fields(settings):

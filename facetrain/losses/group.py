@@ -16,7 +16,7 @@ from facetrain.losses.class_vectors import (
     own_products,
     sum_over_ranks,
 )
-from facetrain.losses.loss import Loss
+from facetrain.losses.loss import Loss, generator_of_step
 from facetrain.world import GatherInFlight, World
 
 
@@ -74,11 +74,6 @@ def pearson(x_MD: Tensor) -> Tensor:
 
 def draw_anchors(labels_M: Tensor, anchors: int, *, seed: int, step: int) -> Tensor:
     """Return which faces are anchors, bool [M]: so many of each label, drawn by (seed, step), the same on all ranks."""
-    generator = torch.Generator().manual_seed(seed * _STRIDE + step)
-    keys_M = torch.rand(len(labels_M), generator=generator).to(labels_M.device)
+    keys_M = torch.rand(len(labels_M), generator=generator_of_step(seed, step)).to(labels_M.device)
     is_before_MM = (labels_M[:, None] == labels_M) & (keys_M < keys_M[:, None])
     return is_before_MM.sum(dim=1) < anchors
-
-
-_STRIDE = 1 << 32
-"""Between the random streams of two seeds: more than a run has steps."""

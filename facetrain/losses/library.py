@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from facetrain.config import LossConfig
-from facetrain.losses.loss import Loss
+from facetrain.losses.loss import Loss, generator_of_step
 from facetrain.world import GatherInFlight, World
 
 Indices = tuple[Tensor, ...] | None
@@ -61,8 +61,8 @@ def random_triplets(labels_M: Tensor, *, seed: int, step: int) -> tuple[Tensor, 
 
     A face without either makes no triplet.
     """
-    generator = torch.Generator().manual_seed(seed * _STRIDE + step)
-    keys_2MM = torch.rand(2, len(labels_M), len(labels_M), generator=generator).to(labels_M.device)
+    shape = (2, len(labels_M), len(labels_M))
+    keys_2MM = torch.rand(shape, generator=generator_of_step(seed, step)).to(labels_M.device)
     is_same_MM = labels_M[:, None] == labels_M
     is_other_MM = ~torch.eye(len(labels_M), dtype=torch.bool, device=labels_M.device)
     masks_2MM = torch.stack([is_same_MM & is_other_MM, ~is_same_MM])
@@ -117,6 +117,3 @@ _FUNCTIONS: dict[str, Callable[[LossConfig, Any], tuple[Function, Miner | None]]
     "ranked-list": _ranked_list,
     "multi-similarity": _multi_similarity,
 }
-
-_STRIDE = 1 << 32
-"""Between the random streams of two seeds: more than a run has steps."""

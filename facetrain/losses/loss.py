@@ -92,6 +92,11 @@ class Loss(ABC):
         return torch.bfloat16 if self.config.reduce_precision == "bfloat16" else None
 
 
+def generator_of_step(seed: int, step: int) -> torch.Generator:
+    """Return random numbers of a step on the CPU, the same on all ranks; no two steps or seeds share them."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Return x as float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()
