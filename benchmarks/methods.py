@@ -240,12 +240,12 @@ def flags_of(run: Run, folder: Path, args: argparse.Namespace) -> dict[str, obje
 
 
 def step_seconds(folder: Path) -> float | None:
-    """Return the median of the logged seconds of a step, without the first log line; None where none was logged."""
+    """Return the mean seconds of a step, mining included, without the first log line; None where none was logged."""
     if not (folder / "metrics.jsonl").exists():
         return None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = [line["train/step_s"] for line in lines if "train/step_s" in line]
-    return statistics.median(logged[1:] or logged) if logged else None
+    return statistics.fmean(logged[1:] or logged) if logged else None
 
 
 def one_line(record: dict[str, Any]) -> str:
