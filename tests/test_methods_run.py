@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import assert_user_error, facetrain, run
+from commands import ROOT, assert_user_error, facetrain, run
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
@@ -88,3 +88,23 @@ def test_what_cannot_be_done_is_one_line(synthetic: Path, tmp_path: Path) -> Non
     many = ("--train.images_per_identity", "8", "--train.global_pairs", "16")
     done = facetrain("train", *flags(synthetic, tmp_path / "run", *many), cwd=tmp_path)
     assert_user_error(done, "train.images_per_identity", "4 identities with 8 images each", "only 0")
+
+
+def test_every_method_of_the_benchmark_has_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import methods
+
+    from facetrain.command_line import parse_config
+
+    monkeypatch.setattr(sys, "argv", ["methods.py", *REQUIRED, "--out", str(tmp_path / "none.jsonl")])
+    args = methods.parse_arguments()
+    for name, method in (methods.METHODS | methods.SHAPES).items():
+        run = methods.Run("final", name, 1e-3, 0, 60_000)
+        flags = methods.flags_of(run, tmp_path, args).items()
+        words = [word for key, value in flags for word in (f"--{key}", str(value))]
+        config = parse_config(["--config", str(methods.CONFIG), *words], prog="x")
+        assert config.loss.name == method.loss
+        assert 2 * config.train.global_pairs * config.train.steps in range(60_000, 60_000 + 2 * method.pairs)
+
+
+REQUIRED = ("--shards", "s", "--lfw-images", "i", "--pairs", "p", "--open-set-people", "o", "--work", "w")
