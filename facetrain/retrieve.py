@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from facetrain.checkpoint.weights import load_backbone
+from facetrain.command_line import say
 from facetrain.data.sources import open_faces
 from facetrain.evaluation.clustering import Agreement, cluster
 from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
 from facetrain.evaluation.judge import embed_faces
-from facetrain.evaluation.report import write_results
+from facetrain.evaluation.report import open_out_folder, write_results
 from facetrain.evaluation.retrieval import (
     NEIGHBOURS,
     RECALL_AT,
@@ -27,7 +28,7 @@ from facetrain.evaluation.retrieval import (
     retrieve,
     verify_against_negatives,
 )
-from facetrain.world import start_world
+from facetrain.world import REPORT_TIMEOUT_S, start_world
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -61,7 +62,8 @@ def retrieval_of_embeddings(file: Path, settings: RetrievalSettings, *, device: 
         ValueError: The file or a setting can't be used.
     """
     names, embeddings = load_embeddings_npz(file)
-    with start_world(device, _TIMEOUT_S) as world:  # a launcher's other ranks wait
+    open_out_folder(out)
+    with start_world(device, REPORT_TIMEOUT_S) as world:  # a launcher's other ranks wait
         world.on_main(lambda: _measure(names, label_names(names), embeddings, settings, world.device, out))
 
 
@@ -81,7 +83,10 @@ def retrieval_of_checkpoint(
     """
     backbone, config = load_backbone(run)
     faces = open_faces(images)
-    with start_world(device, config.run.timeout_s) as world:
+    if left_out := faces.describe_skipped():
+        say(left_out)
+    open_out_folder(out)
+    with start_world(device, REPORT_TIMEOUT_S) as world:
         embeddings = embed_faces(faces, backbone.to(world.device), config, world, mirror=mirror, progress=True)
         world.on_main(lambda: _measure(faces.names, faces.identities, embeddings, settings, world.device, out))
 
@@ -164,7 +169,3 @@ def format_retrieval(results: Mapping[str, Any]) -> str:
 
 def _line(name: str, share: float, spread: float | None = None, kind: str = "") -> str:
     return f"  {name:18}{100 * share:7.2f}%" + ("" if spread is None else f" +- {100 * spread:.2f} ({kind})")
-
-
-_TIMEOUT_S = 3600.0
-"""Seconds that other ranks wait while rank 0 measures."""

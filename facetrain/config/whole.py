@@ -1,5 +1,6 @@
 """The whole of a run's settings, and what concerns two sections."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -27,6 +28,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what concerns two sections."""
+        for section in fields(self):
+            for key, value in vars(getattr(self, section.name)).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{section.name}.{key}: expected a finite number, got {value}")
         if self.train.overlap:
             self._check_overlap()
         row_bytes = 4 * self.train.global_pairs

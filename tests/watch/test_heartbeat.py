@@ -48,11 +48,11 @@ def free_port() -> int:
     ],
 )
 def test_a_lost_rank_is_named_with_its_host_and_step(dying_rank: int, how: int) -> None:
-    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", COUNT_STEPS, str(dying_rank), str(int(how))]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stderr=subprocess.PIPE, cwd=ROOT)
-        for rank in range(3)
+        for rank in range(4)
     ]
     try:
         for rank, process in enumerate(ranks):
@@ -63,7 +63,7 @@ def test_a_lost_rank_is_named_with_its_host_and_step(dying_rank: int, how: int) 
             assert process.returncode == 2, said
             lost = f"rank {dying_rank} on {socket.gethostname()}"
             where = "or the way to it" if dying_rank == 0 else "last seen at step 3"
-            assert f"step 3: lost {lost}, {where}" in said
+            assert f"step 3: lost {lost}, {where} (" in said  # and nobody else
             if how == signal.SIGSTOP and rank == 0:  # before the collective's own time is over
                 assert f"{lost}: no sign of life for 3 s, last at step 3" in said
     finally:
