@@ -1,5 +1,6 @@
 """Who is lost and who is slow, by rank, host and step."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import pytest
 from commands import ROOT
 from distributed.ranks import run_ranks
 
+from facetrain.watch.heartbeat import Heartbeat
 from facetrain.watch.stragglers import StepClock
 from facetrain.world import World
 
@@ -48,11 +50,11 @@ def free_port() -> int:
     ],
 )
 def test_a_lost_rank_is_named_with_its_host_and_step(dying_rank: int, how: int) -> None:
-    shared = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", COUNT_STEPS, str(dying_rank), str(int(how))]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stderr=subprocess.PIPE, cwd=ROOT)
-        for rank in range(4)
+        for rank in range(3)
     ]
     try:
         for rank, process in enumerate(ranks):
@@ -70,6 +72,20 @@ def test_a_lost_rank_is_named_with_its_host_and_step(dying_rank: int, how: int) 
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def end_early_on_rank_1(world: World) -> list[str]:
+    """What rank 0 takes for lost when rank 1 has ended with an error of its own."""
+    with contextlib.suppress(KeyError), Heartbeat(world) as beat:
+        if world.rank == 1:
+            raise KeyError
+        time.sleep(2)  # rank 1 has said that it ends
+        return beat._lost()
+    return []
+
+
+def test_a_rank_that_ends_by_itself_is_not_taken_for_lost() -> None:
+    assert run_ranks(end_early_on_rank_1, 2) == [[], []]
 
 
 def time_steps(world: World, slow_s: float) -> tuple[dict[str, float], str | None]:
