@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 FIGURES = {
     "LFW verification": ("verification", "accuracy"),
     "open-best-rowden rank-1": ("open-best-rowden", "rank1"),
-    "DIR@FAR=1%": ("open-best-rowden", "dir_rank1_at_far_1e-2"),
+    "open-best-rowden DIR@FAR=1%": ("open-best-rowden", "dir_rank1_at_far_1e-2"),
     "held-out verification": ("heldout", "accuracy"),
 }
 

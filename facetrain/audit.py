@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from facetrain import __version__
 from facetrain.command_line import say
-from facetrain.config import DataConfig, RunConfig
+from facetrain.config import DataConfig
 from facetrain.data.decode import decode_face, thumbnail
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import open_faces
@@ -19,7 +19,7 @@ from facetrain.evaluation.html_page import Html, box, page, picture, section, te
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.evaluation.judge import PICTURE_PX
 from facetrain.networks import EmbedOptions, Network, embed_all, open_network
-from facetrain.world import World, start_world
+from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
 MOST_SHOWN = 100
 """Candidates of each kind on the page."""
@@ -76,7 +76,8 @@ def audit_shards(
     network, shards = open_network(checkpoint, options.onnx), ShardSet.open(folder)
     trained = _People(shards.table.names, np.asarray(shards.table.first_image), shards.read, shards.where)
     tested = _open_test(against) if against else None
-    with start_world(options.device, RunConfig().timeout_s) as world:
+    out.mkdir(parents=True, exist_ok=True)
+    with start_world(options.device, REPORT_TIMEOUT_S) as world:
         trained_nD = trained.embed(network, options, world)
         tested_nD = tested.embed(network, options, world) if tested else None
 
@@ -88,7 +89,6 @@ def audit_shards(
             if tested and tested_nD is not None:
                 found["overlaps"] = overlaps(trained_nD, trained.bounds, tested_nD, tested.bounds)
             least = telling_score(trained_nD, trained.bounds, found["duplicates"]) if min_score is None else min_score
-            out.mkdir(parents=True, exist_ok=True)
             _write_lists(found, trained, tested, least, out)
             (out / "audit.html").write_text(_page(found, trained, tested, least, checkpoint), encoding="utf-8")
 
@@ -97,6 +97,8 @@ def audit_shards(
 
 def _open_test(paths: Sequence[Path]) -> _People:
     faces = open_faces(paths)
+    if left_out := faces.describe_skipped():
+        say(left_out)
     bounds = bounds_of(faces.identities)
     return _People([faces.identities[first] for first in bounds[:-1].tolist()], bounds, faces.read, faces.where)
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from facetrain.command_line import say
-from facetrain.config import Config
-from facetrain.data.shards import ShardSet
+from facetrain.config import Config, DataConfig
+from facetrain.data.shards import open_shards
 from facetrain.estimate.collectives import Collective, step_collectives
 from facetrain.estimate.network import measure_network
 from facetrain.lock import hold_folder
@@ -102,7 +102,7 @@ def _findings(config: Config, world: World, *, reads_shards: bool) -> Iterator[F
     yield _clocks(world, hosts)
     yield from _run_folder(world, hosts, Path(config.run.dir))
     if reads_shards:
-        yield _shards(world, hosts, Path(config.data.shards))
+        yield _shards(world, hosts, config.data)
     if world.world_size > 1:
         yield from _collectives(config, world)
 
@@ -206,10 +206,13 @@ def _can_hold(probe: Path) -> bool:
         return False
 
 
-def _shards(world: World, hosts: Sequence[str], folder: Path) -> Finding:
+def _shards(world: World, hosts: Sequence[str], config: DataConfig) -> Finding:
     try:
-        manifest = ShardSet.open(folder).manifest
-        text = f"{folder}: {manifest.images} images of {manifest.identities}, sha256 {manifest.content_sha256[:12]}"
+        shards = open_shards(config)
+        manifest = shards.manifest
+        text = (
+            f"{shards.place}: {manifest.images} images of {manifest.identities}, sha256 {manifest.content_sha256[:12]}"
+        )
     except (ValueError, OSError) as error:
         text = f"unusable: {error}"
     finding = _same_everywhere("shards", world, hosts, text, "copy the shards of one host to all, or share them")

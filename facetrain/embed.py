@@ -34,7 +34,8 @@ def embed_images(
     """Embed images 0 .. num_images - 1 in eval mode, each rank a share of them.
 
     The images are cut into the same batches whatever the number of ranks is, so that every rank ends with the same
-    embeddings, to the bit, on any number of ranks. Decoding runs in a thread beside the network.
+    embeddings, to the bit, on any number of ranks. All ranks run equally many batches, since each is a collective
+    where weights are shared out (ZeRO 3); what is surplus is dropped. Decoding runs in a thread beside the network.
 
     Args:
         backbone: On `world.device`; left in the mode in which it came.
@@ -52,22 +53,22 @@ def embed_images(
     starts = range(0, num_images, batch_images)
     share = starts[world.rank * len(starts) // world.world_size : (world.rank + 1) * len(starts) // world.world_size]
     batches = [range(start, min(start + batch_images, num_images)) for start in share]
+    surplus = [range(min(batch_images, num_images))] * (-(-len(starts) // world.world_size) - len(share))
     bar = tqdm(total=num_images, desc=progress, unit="img", disable=None if progress and world.is_main else True)
     was_training = backbone.training
     backbone.eval()
     blocks = []
     with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bfloat16"), bar:
-        for images_BHWC in _decode_ahead(decode, batches):
+        for images_BHWC in _decode_ahead(decode, [*batches, *surplus]):
             images_BCHW = network_input(images_BHWC.to(world.device))
             embeddings_BD = backbone(images_BCHW).float()
             if mirror:
                 embeddings_BD = embeddings_BD + backbone(images_BCHW.flip(3)).float()
             blocks.append(embeddings_BD)
-            bar.update(len(embeddings_BD) * world.world_size)
+            bar.update(min(len(embeddings_BD) * world.world_size, num_images - bar.n))
     backbone.train(was_training)
-    # Over all ranks, widths first: a rank without images doesn't know D. Every rank ends with all rows in order.
-    width = max(world.all_gather_object(blocks[0].shape[1] if blocks else 0))
-    return world.all_gather_uneven(torch.cat([torch.empty(0, width, device=world.device), *blocks]))
+    # Over all ranks: every rank ends with all rows in order.
+    return world.all_gather_uneven(torch.cat([blocks[0][:0], *blocks[: len(batches)]]))
 
 
 def _decode_ahead(decode: Decode, batches: list[range]) -> Iterator[Tensor]:

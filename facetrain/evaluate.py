@@ -8,19 +8,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from facetrain.config import DataConfig, RunConfig
+from facetrain.command_line import say
+from facetrain.config import DataConfig
 from facetrain.data.decode import decode_face, thumbnail
 from facetrain.data.sources import open_faces
 from facetrain.data.verification_bin import read_verification_bin
 from facetrain.evaluation.compare import compare, format_comparison, write_comparison
-from facetrain.evaluation.distractors import Crowd, DistractorScores, Search, open_crowd, search_crowd
-from facetrain.evaluation.inputs import ImageKey, PairList, face_set, image_name, load_embeddings_npz, unit_vectors
+from facetrain.evaluation.distractors import Crowd, DistractorScores, Search, check_search, open_crowd, search_crowd
+from facetrain.evaluation.inputs import (
+    ImageKey,
+    PairList,
+    check_people,
+    face_set,
+    image_name,
+    load_embeddings_npz,
+    unit_vectors,
+)
 from facetrain.evaluation.judge import PICTURE_PX, pictures_of
 from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists
-from facetrain.evaluation.report import report_to_folder
+from facetrain.evaluation.report import open_out_folder, report_to_folder
 from facetrain.networks import Device, EmbedOptions, Photographs, embed_all, open_network
-from facetrain.world import World, start_world
+from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
 BIN_FOLDS = 10
 """Folds of a verification file, which doesn't say."""
@@ -36,7 +45,12 @@ class Distractors:
     """How the crowd is searched."""
 
     def open(self) -> Crowd | None:
-        """Open and check the files; None where there are none."""
+        """Open and check the files; None where there are none.
+
+        Raises:
+            ValueError: A file can't be used, or FAISS is missing.
+        """
+        check_search(self.search)
         return open_crowd(self.files) if self.files else None
 
     def score(
@@ -70,11 +84,12 @@ def evaluate_embeddings(
     Raises:
         ValueError: The file, an image or a list can't be used; the message names it.
     """
+    open_out_folder(out)
     names, embeddings = load_embeddings_npz(file)
     read_lists(names, request)
     read_picture = pictures_of(open_faces(images), names) if images else None
     crowd = distractors.open()
-    with start_world(device, RunConfig().timeout_s) as world:
+    with start_world(device, REPORT_TIMEOUT_S) as world:
         scores = distractors.score(crowd, names, embeddings, world)
 
         def report() -> None:
@@ -105,12 +120,13 @@ def evaluate_checkpoints(
     Raises:
         ValueError: The weights, the images or a list can't be used; the message names the file.
     """
+    open_out_folder(out)
     networks = [open_network(file, options.onnx) for file in checkpoints]
-    photographs = Photographs.open(images, options)
+    photographs = _open_photographs(images, options)
     names = photographs.faces.names
     read_lists(names, request)
     crowd = distractors.open()
-    with start_world(options.device, RunConfig().timeout_s) as world:
+    with start_world(options.device, REPORT_TIMEOUT_S) as world:
         embeddings = embed_all(networks, photographs.decode, names, options, world)
         not_aligned = photographs.not_aligned(world)
         scores = distractors.score(crowd, names, embeddings, world)
@@ -131,6 +147,7 @@ def evaluate_bin(checkpoints: Sequence[Path], file: Path, options: EmbedOptions,
     Raises:
         ValueError: The file or the weights can't be used; the message names the file.
     """
+    open_out_folder(out)
     content = read_verification_bin(file)
     num_pairs = len(content.is_genuine)
     if num_pairs < BIN_FOLDS:
@@ -155,7 +172,7 @@ def evaluate_bin(checkpoints: Sequence[Path], file: Path, options: EmbedOptions,
     def read_picture(key: ImageKey) -> bytes:
         return thumbnail(content.images[key[1]], PICTURE_PX, f"{file}: image {key[1]}")
 
-    with start_world(options.device, RunConfig().timeout_s) as world:
+    with start_world(options.device, REPORT_TIMEOUT_S) as world:
         embeddings = embed_all(networks, decode, names, options, world)
 
         def report() -> None:
@@ -187,11 +204,11 @@ def compare_files(
         raise ValueError(f"--images: expected {expected}, got {len(images)}")
     stored = {file: load_embeddings_npz(file) for file in (a, b) if file.suffix == ".npz"}
     networks = {file: open_network(file, options.onnx) for file in files}
-    photographs = Photographs.open(images, options) if images else None
+    photographs = _open_photographs(images, options) if images else None
     names = photographs.faces.names if photographs else stored[a][0]
     read_lists(names, request)
     embeddings = {file: _in_order(file, *stored[file], names) for file in stored}
-    with start_world(options.device, RunConfig().timeout_s) as world:
+    with start_world(options.device, REPORT_TIMEOUT_S) as world:
         for file, network in networks.items():
             assert photographs is not None  # there are images where there are networks
             embeddings[file] = embed_all([network], photographs.decode, names, options, world)
@@ -203,6 +220,15 @@ def compare_files(
             sys.stdout.write(format_comparison(comparison, str(a), str(b)))
 
         world.on_main(report)
+
+
+def _open_photographs(images: Sequence[Path], options: EmbedOptions) -> Photographs:
+    """Open images, say which can't be used, and check that their file names tell who they are."""
+    photographs = Photographs.open(images, options)
+    if left_out := photographs.faces.describe_skipped():
+        say(left_out)
+    check_people(photographs.faces.names, photographs.faces.identities)
+    return photographs
 
 
 def _in_order(

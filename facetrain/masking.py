@@ -9,6 +9,7 @@ _PATTERNS = (
         re.compile(rf"\b({_NAMES}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;]+", re.IGNORECASE),
         r"\1***",
     ),  # ?token=..., secret: ...
+    (re.compile(r"([?&](?:sig|key)=)[^\s&'\"]+", re.IGNORECASE), r"\1***"),  # Azure's and Google's signed URLs
     (
         re.compile(r"\b(bearer\s+|authorization:\s*basic\s+)[\w.~+/=-]+", re.IGNORECASE),
         r"\1***",

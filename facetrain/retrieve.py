@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from facetrain.config import DataConfig, RunConfig
+from facetrain.command_line import say
+from facetrain.config import DataConfig
 from facetrain.data.decode import decode_face
 from facetrain.data.sources import open_faces
 from facetrain.evaluation.clustering import Agreement, cluster
 from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
-from facetrain.evaluation.report import write_results
+from facetrain.evaluation.report import open_out_folder, write_results
 from facetrain.evaluation.retrieval import (
     NEIGHBOURS,
     RECALL_AT,
@@ -28,7 +29,7 @@ from facetrain.evaluation.retrieval import (
     verify_against_negatives,
 )
 from facetrain.networks import Device, EmbedOptions, embed_all, open_network
-from facetrain.world import start_world
+from facetrain.world import REPORT_TIMEOUT_S, start_world
 
 NEGATIVES = (1, 9, 99, 999)
 """M of verification against M negatives, as far as there are classes."""
@@ -60,7 +61,8 @@ def retrieval_of_embeddings(file: Path, settings: RetrievalSettings, *, device: 
         ValueError: The file or a setting can't be used.
     """
     names, embeddings = load_embeddings_npz(file)
-    with start_world(device, _TIMEOUT_S) as world:  # a launcher's other ranks wait
+    open_out_folder(out)
+    with start_world(device, REPORT_TIMEOUT_S) as world:  # a launcher's other ranks wait
         world.on_main(lambda: _measure(names, label_names(names), embeddings, settings, world.device, out))
 
 
@@ -85,7 +87,10 @@ def retrieval_of_checkpoints(
     def decode(image: int, data: DataConfig) -> NDArray[np.uint8]:
         return decode_face(faces.read(image), data, faces.names[image])
 
-    with start_world(options.device, RunConfig().timeout_s) as world:
+    if left_out := faces.describe_skipped():
+        say(left_out)
+    open_out_folder(out)
+    with start_world(options.device, REPORT_TIMEOUT_S) as world:
         embeddings = embed_all(networks, decode, faces.names, options, world)
         world.on_main(lambda: _measure(faces.names, faces.identities, embeddings, settings, world.device, out))
 
@@ -168,7 +173,3 @@ def format_retrieval(results: Mapping[str, Any]) -> str:
 
 def _line(name: str, share: float, spread: float | None = None, kind: str = "") -> str:
     return f"  {name:18}{100 * share:7.2f}%" + ("" if spread is None else f" +- {100 * spread:.2f} ({kind})")
-
-
-_TIMEOUT_S = 3600.0
-"""Seconds that other ranks wait while rank 0 measures."""

@@ -171,6 +171,10 @@ class World:
         return [value for value, _ in answers]  # type: ignore[misc]
 
 
+REPORT_TIMEOUT_S = 3600.0
+"""Seconds that the other ranks wait while rank 0 computes figures and writes a report."""
+
+
 @contextmanager
 def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Iterator[World]:
     """Join the processes that the launcher started (torchrun, srun torchrun), or be a world of one.
@@ -184,7 +188,9 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
         raise ValueError("run.device: 'cuda' was asked for, but torch sees no CUDA device")
     on_cuda = device != "cpu" and torch.cuda.is_available()
     env = os.environ
-    rank, local_rank, world_size = (int(env.get(key, default)) for key, default in _LAUNCHER_KEYS.items())
+    # WORLD_SIZE alone may be a leftover of something else.
+    started = env if "RANK" in env else {}
+    rank, local_rank, world_size = (int(started.get(key, default)) for key, default in _LAUNCHER_KEYS.items())
     here = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         if local_rank >= torch.cuda.device_count():
@@ -194,7 +200,7 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
             )
         torch.cuda.set_device(here)
     arguments: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-    if "RANK" not in env:
+    if not started:
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **arguments)
     yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
@@ -230,48 +236,74 @@ class GatherInFlight:
     """
 
     def __init__(self, x_local: Tensor, world_size: int, reduce_dtype: torch.dtype) -> None:
-        self.world_size, self.reduce_dtype = world_size, reduce_dtype
-        self._begin: Tensor = x_local
+        self._begin: Tensor | None = x_local
+        self._exchange = _Exchange(world_size, reduce_dtype)
         if world_size > 1:
-            self._begin = _GatherBegin.apply(x_local, self)
-            self.gathered = x_local.new_empty(world_size * x_local.shape[0], *x_local.shape[1:])
-            # Over all ranks: every rank ends with the rows of all.
-            self.work: Any = dist.all_gather_into_tensor(self.gathered, x_local.detach().contiguous(), async_op=True)
+            self._begin = _GatherBegin.apply(x_local, self._exchange)
+            self._exchange.start_gather(x_local.detach().contiguous())
 
     def finish(self) -> Tensor:
         """Wait, and return the rows of all ranks in rank order, [W * rows, ...]; call it once."""
-        rows: Tensor = self._begin if self.world_size == 1 else _GatherEnd.apply(self._begin, self)
+        begin, self._begin = self._begin, None
+        assert begin is not None  # it is called once
+        rows: Tensor = begin if self._exchange.world_size == 1 else _GatherEnd.apply(begin, self._exchange)
         return rows
+
+
+class _Exchange:
+    """What is under way between the ranks.
+
+    Both ends of the gather hold it from forward to backward, so it must hold no tensor of the graph: a cycle through
+    autograd is never freed. Hence buffers are handed over, not kept.
+    """
+
+    def __init__(self, world_size: int, reduce_dtype: torch.dtype) -> None:
+        self.world_size, self._reduce_dtype = world_size, reduce_dtype
+        self._work: Any = None
+        self._sent: Tensor | None = None
+        self._received: Tensor | None = None
+
+    def start_gather(self, x_local: Tensor) -> None:
+        """Over all ranks: every rank ends with the rows of all."""
+        self._sent, self._received = x_local, x_local.new_empty(self.world_size * len(x_local), *x_local.shape[1:])
+        self._work = dist.all_gather_into_tensor(self._received, x_local, async_op=True)
+
+    def start_reduce_scatter(self, grad: Tensor) -> Tensor:
+        """Over all ranks: every rank ends with its own rows' sum. Returns a placeholder of its shape."""
+        self._sent = grad.to(self._reduce_dtype).contiguous()
+        self._received = self._sent.new_empty(len(grad) // self.world_size, *grad.shape[1:])
+        self._work = dist.reduce_scatter_tensor(self._received, self._sent, op=dist.ReduceOp.SUM, async_op=True)
+        return torch.empty_like(self._received, dtype=grad.dtype)
+
+    def finish(self) -> Tensor:
+        """Wait, and hand over what has been received."""
+        assert self._received is not None  # something was started
+        self._work.wait()
+        received, self._work, self._sent, self._received = self._received, None, None, None
+        return received
 
 
 class _GatherBegin(torch.autograd.Function):
     """The identity. Backward waits for the reduce-scatter that `_GatherEnd` has started."""
 
     @staticmethod
-    def forward(ctx: Any, x_local: Tensor, flight: GatherInFlight) -> Tensor:
-        ctx.flight = flight
+    def forward(ctx: Any, x_local: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
         return x_local.view_as(x_local)
 
     @staticmethod
     def backward(ctx: Any, placeholder: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.work.wait()
-        return ctx.flight.grad_local.to(placeholder.dtype), None
+        return ctx.exchange.finish().to(placeholder.dtype), None
 
 
 class _GatherEnd(torch.autograd.Function):
     """Local [rows, ...] -> global [W * rows, ...]. Backward starts a SUM reduce-scatter, global -> local."""
 
     @staticmethod
-    def forward(ctx: Any, x_local: Tensor, flight: GatherInFlight) -> Tensor:
-        ctx.flight = flight
-        flight.work.wait()
-        return flight.gathered
+    def forward(ctx: Any, x_local: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.finish()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        flight = ctx.flight
-        flight.grad = grad.to(flight.reduce_dtype).contiguous()  # kept alive until the exchange is over
-        flight.grad_local = flight.grad.new_empty(grad.shape[0] // flight.world_size, *grad.shape[1:])
-        # Over all ranks: every rank ends with its own rows' sum.
-        flight.work = dist.reduce_scatter_tensor(flight.grad_local, flight.grad, op=dist.ReduceOp.SUM, async_op=True)
-        return torch.empty_like(flight.grad_local, dtype=grad.dtype), None
+        return ctx.exchange.start_reduce_scatter(grad), None

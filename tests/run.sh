@@ -25,5 +25,5 @@ run mypy
 run lint-imports
 [[ ${#failed[@]} == 0 ]] || printf '\nfailed so far: %s\n' "$(IFS=, && echo "${failed[*]}")"
 # Last, so that the output ends with its summary.
-run python3 -m pytest "${marks[@]}" "$@"
+run python3 -m pytest --numprocesses auto --dist loadgroup "${marks[@]}" "$@"
 exit $((${#failed[@]} > 0))

@@ -46,6 +46,8 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
         (["--train.steps", "-1"], ["train.steps", "0 or more", "-1"]),
         (["--run.resume", "perhaps"], ["run.resume", "perhaps", "never"]),
         (["--train.zero_stage", "4"], ["train.zero_stage", "4"]),
+        (["--train.learning_rate", ".nan"], ["train.learning_rate", "finite", "nan"]),
+        (["--loss.temperature", ".inf"], ["loss.temperature", "finite", "inf"]),
         (["--train.schedule", "step"], ["train.drop_steps", "train.schedule=step"]),
         (["--train.drop_steps", "[3]"], ["train.drop_steps", "train.schedule=step"]),
         (["--train.schedule", "step", "--train.drop_steps", "[5, 3]"], ["train.drop_steps", "rising", "[5, 3]"]),
@@ -78,6 +80,7 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
         (["--eval.images", "[lfw]", "--eval.view1", "[a]"], ["eval.view1", "pairsDevTest.txt", "['a']"]),
         (["--eval.best_metric", "accuracy"], ["eval.best_metric", "'accuracy'", "heldout/FIGURE"]),
         (["--eval.best_metric", "heldout/eer"], ["eval.best_metric", "'heldout/eer'", "vr_at_far_1e-3"]),
+        (["--eval.best_metric", "lfw/accuracy"], ["eval.best_metric", "lfw/PROTOCOL/FIGURE"]),
         (["--eval.best_metric", "set/closed-full/rank1"], ["eval.best_metric", "lfw/PROTOCOL/FIGURE"]),
         (["--eval.best_metric", "lfw/closed-full/rank1"], ["eval.best_metric", "needs eval.images"]),
         (

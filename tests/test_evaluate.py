@@ -135,6 +135,49 @@ def test_a_verification_file_without_impostors_is_named(
     assert "same.bin: expected genuine and impostor pairs, got 10 genuine of 10" in capsys.readouterr().err
 
 
+def test_file_names_that_do_not_tell_who_it_is_are_refused(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = bytes(cv2.imencode(".jpg", np.zeros((112, 112, 3), np.uint8))[1])
+    for person in ("Ann", "Bo"):
+        (tmp_path / "set" / person).mkdir(parents=True)
+        for number in (1, 2):
+            (tmp_path / "set" / person / f"img_{number:06d}.jpg").write_bytes(image)
+    words = ["--checkpoint", runs[0], "--images", tmp_path / "set", "--dataset", "mine", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        lfw(*words)
+    assert "Bo/img_000001.jpg: expected a file name that tells who it is, Bo_0001.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--embeddings", "x.npz", "--detector", "y.onnx"], "--detector: has no effect beside --embeddings"),
+        (["--embeddings", "x.npz", "--no-mirror"], "--no-mirror: has no effect beside --embeddings"),
+        (["--checkpoint", "RUN", "--bin", "x.bin", "--landmarks", "p.txt"], "--landmarks: has no effect beside --bin"),
+        (["--checkpoint", "RUN", "--bin", "x.bin", "--draws", "3"], "--draws: has no effect beside --bin"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        lfw(*words, "--out", tmp_path / "out")
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_folder_takes_no_other_results(
+    synthetic: Path, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "file").touch()
+    for out, message in (("run", "is a run folder"), ("file", "expected a folder")):
+        with pytest.raises(SystemExit):
+            lfw("--checkpoint", runs[0], *heldout(synthetic), "--out", tmp_path / out)
+        assert message in capsys.readouterr().err
+
+
 def test_photographs_are_aligned_and_what_is_not_found_is_counted(
     synthetic: Path, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

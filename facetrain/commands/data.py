@@ -45,7 +45,10 @@ def pack(argv: Sequence[str]) -> None:
     parser.add_argument("--merge", type=str, help="list of names of one person, a person a line, by tabs or commas")
     parser.add_argument("--min-images", type=int, default=1, help="leave out identities with fewer usable images")
     parser.add_argument("--max-images", type=int, help="leave out usable images of an identity beyond this many")
+    parser.add_argument("--min-px", type=int, default=16, help="reject images whose shorter side has fewer pixels")
     parser.add_argument("--max-pixels", type=int, default=50_000_000, help="reject images with more, undecoded")
+    parser.add_argument("--images-per-shard", type=int, default=10_000, help="close a shard before it has more images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the identities' order")
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
     args = parse_arguments(parser, argv)
     from facetrain.data.pack import pack
@@ -65,7 +68,10 @@ def pack(argv: Sequence[str]) -> None:
         merge=merge,
         min_images=args.min_images,
         max_images=args.max_images,
+        min_px=args.min_px,
         max_pixels=args.max_pixels,
+        images_per_shard=args.images_per_shard,
+        seed=args.seed,
         workers=args.workers,
     )
     say(

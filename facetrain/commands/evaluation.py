@@ -43,6 +43,10 @@ def lfw(argv: Sequence[str]) -> None:
         raise ValueError("--bin: holds its own pairs of unknown people; no lists, --bootstrap or --distractors")
     from facetrain import evaluate
 
+    if args.embeddings is not None:
+        _refuse(parser, args, "--embeddings", _HOW_TO_EMBED)
+    elif args.bin is not None:
+        _refuse(parser, args, "--bin", ("landmarks", "detector", "closed_gallery", "draws"))
     images = [Path(path) for path in args.images or ()]
     distractors = evaluate.Distractors(files=tuple(map(Path, args.distractors or ())), search=args.search)
     if args.embeddings is not None:
@@ -99,12 +103,22 @@ def _add_protocol_flags(parser: Any) -> None:
     parser.add_argument("--dataset", type=str, help="name of the set; with 'lfw', the default, its counts are checked")
 
 
+_HOW_TO_EMBED = ("landmarks", "detector", "no_mirror", "onnx_mean", "onnx_std", "onnx_colour")
+
+
+def _refuse(parser: Any, args: Any, beside: str, names: Sequence[str]) -> None:
+    """Refuse flags that would have no effect beside another."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect beside {beside}")
+
+
 def _request(args: Any, convention: Literal["exact", "insightface"] = "exact") -> "Request":
     if (args.closed_gallery is None) != (args.closed_probes is None):
         raise ValueError("--closed-gallery and --closed-probes go together")
-    for flag, value in (("--draws", args.draws), ("--seed", args.seed)):
-        if value < (flag == "--draws"):
-            raise ValueError(f"{flag}: expected {int(flag == '--draws')} or more, got {value}")
+    for flag, value, least in (("--draws", args.draws, 1), ("--seed", args.seed, 0)):
+        if value < least:
+            raise ValueError(f"{flag}: expected {least} or more, got {value}")
     from facetrain.evaluation.lists import Request
 
     name = Path(args.bin).stem if getattr(args, "bin", None) else "lfw"

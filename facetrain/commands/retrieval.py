@@ -22,8 +22,9 @@ def retrieval(argv: Sequence[str]) -> None:
     args = parse_arguments(parser, argv)
     if (args.checkpoint is None) == (args.embeddings is None) or (args.checkpoint is None) != (args.images is None):
         raise ValueError("facetrain retrieval: expected either --checkpoint with --images, or --embeddings")
-    if args.clusterings < 0:
-        raise ValueError(f"--clusterings: expected 0 or more, got {args.clusterings}")
+    for flag, value in (("--clusterings", args.clusterings), ("--seed", args.seed)):
+        if value < 0:
+            raise ValueError(f"{flag}: expected 0 or more, got {value}")
     from facetrain.networks import EmbedOptions
     from facetrain.retrieve import RetrievalSettings, retrieval_of_checkpoints, retrieval_of_embeddings
 

@@ -52,7 +52,8 @@ class EvalConfig:
 
     def _check_best_metric(self) -> None:
         parts, what = self.best_metric.split("/"), f"eval.best_metric: '{self.best_metric}'"
-        if parts[0] not in ("heldout", self.dataset) or parts[-1] not in _MORE_IS_BETTER:
+        known = (parts[0] == "heldout" and len(parts) == 2) or (parts[0] == self.dataset and len(parts) == 3)
+        if not known or parts[-1] not in _MORE_IS_BETTER:
             expected = f"heldout/FIGURE or {self.dataset}/PROTOCOL/FIGURE, of {', '.join(_MORE_IS_BETTER)}"
             raise ValueError(f"{what}, expected {expected}")
         if parts[0] != "heldout" and not (self.images and (self.view1 or parts[1] != "view1")):

@@ -68,7 +68,7 @@ class LossConfig:
     reduce_precision: Literal["float32", "bfloat16"] = "float32"
     """In which gradients of gathered embeddings are summed over ranks; bfloat16: half the bytes, 0.05% error."""
     tile_bytes: int = 1 << 25
-    """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows, twice a step."""
+    """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows."""
     angular: AngularConfig = field(default_factory=AngularConfig)
     classes: ClassesConfig = field(default_factory=ClassesConfig)
     arcface: ArcFaceConfig = field(default_factory=ArcFaceConfig)

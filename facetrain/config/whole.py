@@ -1,5 +1,6 @@
 """The whole of a run's settings, and what concerns two sections."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -28,6 +29,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what concerns two sections."""
+        for key, value in self.flat().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: expected a finite number, got {value}")
         if self.train.overlap:
             self._check_overlap()
         row_bytes = 4 * self.train.global_pairs

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from facetrain.data.remote import RemoteFolder
 
 _FETCHING_THREADS = 4
 _POLL_S = 0.05
+_ENTRY = re.compile(r"[0-9a-f]{64}(\.tar|-(?P<size>\d+)\.part)")
 
 
 @dataclass(frozen=True)
@@ -222,12 +224,12 @@ class ShardCache:
         """Return what the folder holds, the longest unused first."""
         entries = []
         for path in self.folder.iterdir():
-            if path.suffix in (".tar", ".part"):
+            if match := _ENTRY.fullmatch(path.name):  # whatever else somebody keeps there is left alone
                 try:
                     stat = path.stat()
                 except FileNotFoundError:  # a part that has just got its name
                     continue
-                size_bytes = int(path.stem.partition("-")[2] or stat.st_size)
+                size_bytes = int(match["size"] or stat.st_size)
                 entries.append(_Entry(stat.st_mtime_ns, path, size_bytes, stat.st_size))
         return sorted(entries)
 

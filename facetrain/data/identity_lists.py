@@ -1,9 +1,12 @@
 """Lists that say which identities of a source are left out, and which names mean one person."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from facetrain.data.sources import FaceSource
+
+log = logging.getLogger(__name__)
 
 
 def apply_lists(
@@ -13,7 +16,7 @@ def apply_lists(
 
     Args:
         faces: The source.
-        exclude: A list of names, one a line; those that the source doesn't have are passed over.
+        exclude: A list of names, one a line; those that the source doesn't have are passed over, with a warning.
         merge: A list of names of one person, a person a line, separated by tabs, or by commas where there is no tab.
             Lines that share a name are one person, who keeps the name that is listed first.
 
@@ -30,6 +33,11 @@ def apply_lists(
     kept_name = _merged(merge, set(faces.identities)) if merge else {}
     identities = [kept_name.get(identity, identity) for identity in faces.identities]
     listed = {kept_name.get(name, name): name for name in _lines(exclude).values()} if exclude else {}
+    unknown = sorted(listed.keys() - set(identities))
+    if unknown:
+        log.warning(
+            f"{exclude}: {len(unknown)} of {len(listed)} names are no identity of the source: {unknown[0]}, ..."
+        )
     left = [image for image, identity in enumerate(identities) if identity not in listed]
     if not left:
         raise ValueError(f"{exclude}: excludes all {len(set(identities))} identities of the source")

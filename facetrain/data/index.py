@@ -128,6 +128,8 @@ def _walk(tar: mmap.mmap) -> Iterator[TarMember]:
         size = int(overrides["size"]) if "size" in overrides else _number(header[124:136], at)
         # Links, devices and folders have no data, whatever size they state.
         size = 0 if kind in b"123456" else size
+        if size < 0:
+            raise ValueError(f"damaged tar header at byte {at}: a size of {size} bytes")
         if data_at + size > file_bytes:
             name = overrides.get("path") or _name(header)
             raise ValueError(f"truncated tar: '{name}' ends at byte {data_at + size}, the file at {file_bytes}")
@@ -155,7 +157,7 @@ def _check_header(header: bytes, at: int) -> None:
 
 
 def _number(field: bytes, at: int) -> int:
-    if field[0] in (0x80, 0xFF):  # GNU: big-endian binary instead of octal digits
+    if field[0] == 0x80:  # GNU: big-endian binary instead of octal digits; 0xFF would be a negative number
         return int.from_bytes(field[1:], "big")
     try:
         return int(field.rstrip(b"\0 ") or b"0", 8)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from facetrain.data.index import part_of
 
@@ -148,11 +150,25 @@ class Manifest:
             content = json.loads(data)
             found = content["format"]
             if found == FORMAT:
-                shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
+                shards = tuple(_shard(shard) for shard in content.pop("shards"))
                 return cls(settings=PackSettings(**content.pop("settings")), shards=shards, **content)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{name}: expected a manifest of facetrain shards, can't be read: {error}") from None
         raise ValueError(f"{name}: expected shard format {FORMAT}, got {found}; pack the source again")
+
+
+def _shard(content: dict[str, Any]) -> ShardInfo:
+    """Read a shard's entry. Its name and checksum become paths, and a manifest may come from anywhere."""
+    shard = ShardInfo(**content)
+    if not isinstance(shard.name, str) or Path(shard.name).name != shard.name:
+        raise ValueError(f"expected a shard's name to be that of a file, got {shard.name!r}")
+    if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"expected the sha256 of {shard.name} to be 64 hexadecimal digits, got {shard.sha256!r}")
+    for name in ("size_bytes", "images", "identities"):
+        value = getattr(shard, name)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"expected {name} of {shard.name} to be a number from 0 on, got {value!r}")
+    return shard
 
 
 def combined_sha256(paths: Iterable[Path]) -> str:

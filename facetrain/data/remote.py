@@ -14,12 +14,13 @@ import signal
 import subprocess
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,12 @@ def _read_from(url: str, start_byte: int, timeout_s: float) -> Blocks:
 def _read_http(url: str, start_byte: int, timeout_s: float) -> Blocks:
     # Some servers turn the library's own agent away.
     headers = {"User-Agent": "facetrain"} | ({"Range": f"bytes={start_byte}-"} if start_byte else {})
-    with urlopen(Request(url, headers=headers), timeout=timeout_s) as response:
+    parts = urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    request = Request(urlunsplit(parts._replace(netloc=host)), headers=headers)
+    if user:  # sent to no other host that the server may point to
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(unquote(user).encode()).decode()}")
+    with urlopen(request, timeout=timeout_s) as response:
         at = start_byte if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         end = None if length is None else at + int(length)
@@ -218,7 +224,7 @@ def _is_final(error: Exception) -> bool:
     """Return whether trying again is useless."""
     if isinstance(error, HTTPError):
         return 400 <= error.code < 500 and error.code not in (*_PASSING_4XX, 416)
-    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | _NotWrittenError)
+    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | InvalidURL | _NotWrittenError)
 
 
 def _reason(error: Exception) -> str:

@@ -69,11 +69,16 @@ def split_identities(
         min_images: Images of an identity that is trained on, 2 or more; those held out don't depend on it.
 
     Raises:
-        ValueError: Fewer identities than `holdout` have two or more images.
+        ValueError: Fewer identities than `holdout` have two or more images, or the set has none of the names.
     """
     wanted = set(exclude)
     is_excluded = np.fromiter((name in wanted for name in table.names), np.bool_, table.num_identities)
     unknown = wanted.difference(table.names)
+    if wanted and unknown == wanted:  # numbers instead of names, for one: people of a test would be trained on
+        raise ValueError(
+            f"data.exclude: the shards have none of these {len(wanted)} identities, such as {exclude[0]!r}; theirs are"
+            f" named like {table.names[0]!r}; expected [] where they were left out before"
+        )
     num_images = np.diff(table.first_image)
     usable = np.flatnonzero(~is_excluded & (num_images >= 2))
     if holdout > len(usable):

@@ -47,10 +47,14 @@ class Cluster:
         """Check the bounds."""
         for key in fields(self):
             value = getattr(self, key.name)
-            is_count = key.name in ("nodes", "gpus_per_node")
-            if value < 1 if is_count else value < 0 if key.name == "gpu_runtime_gb" else value <= 0:
-                flag = "--" + key.name.replace("_", "-")
-                raise ValueError(f"{flag}: expected {'1 or more' if is_count else 'more than 0'}, got {value}")
+            if key.name in ("nodes", "gpus_per_node"):
+                is_fine, expected = value >= 1, "1 or more"
+            elif key.name == "gpu_runtime_gb":
+                is_fine, expected = value >= 0, "0 or more"
+            else:
+                is_fine, expected = value > 0, "more than 0"
+            if not is_fine:
+                raise ValueError(f"--{key.name.replace('_', '-')}: expected {expected}, got {value}")
 
     @property
     def world_size(self) -> int:

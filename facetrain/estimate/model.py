@@ -113,7 +113,7 @@ def largest_fitting_micro_pairs(config: Config, cluster: Cluster, *, identities:
     """Return the largest `train.micro_pairs` with which the run fits into a GPU; None where not even one pair does."""
     pairs = pairs_per_rank(config.train.global_pairs, cluster.world_size)
     for micro_pairs in (m for m in range(pairs, 0, -1) if pairs % m == 0):
-        smaller = replace(config, train=replace(config.train, micro_pairs=micro_pairs))
+        smaller = replace(config, train=replace(config.train, micro_pairs=micro_pairs, overlap=False))
         if estimate(smaller, cluster, identities=identities).fits:
             return micro_pairs
     return None

@@ -88,6 +88,8 @@ def read_blufr(path: Path, faces: FaceSet) -> tuple[BlufrTrial, ...]:
             raise ValueError(f"{path}: galIndex of trial {number}: expected one image a person")
         if np.isin(trial.probes, trial.gallery).any():
             raise ValueError(f"{path}: probIndex of trial {number}: expected no image of the gallery")
+        if not np.isin(faces.person[trial.probes], faces.person[trial.gallery]).any():
+            raise ValueError(f"{path}: probIndex of trial {number}: expected a person of the gallery, got none")
         trials.append(trial)
     return tuple(trials)
 

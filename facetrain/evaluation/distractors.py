@@ -130,6 +130,16 @@ def open_crowd(files: Sequence[Path]) -> Crowd:
     return Crowd(blocks=tuple(blocks), embedding_dim=width)
 
 
+def check_search(search: Search) -> None:
+    """Check that a crowd can be searched that way.
+
+    Raises:
+        ValueError: FAISS isn't installed.
+    """
+    if search == "ivf" and not has_faiss():
+        raise ValueError("--search ivf: faiss is not installed; expected what pip install 'facetrain[faiss]' brings")
+
+
 def search_crowd(
     embeddings: Embeddings, crowd: Crowd, world: World, *, search: Search = "exact", progress: bool = False
 ) -> DistractorScores:
@@ -151,8 +161,7 @@ def search_crowd(
     if crowd.embedding_dim != embeddings.shape[1]:
         file, expected = crowd.blocks[0].file, embeddings.shape[1]
         raise ValueError(f"{file}: expected embeddings {expected} wide, got {crowd.embedding_dim}")
-    if search == "ivf" and not has_faiss():
-        raise ValueError("--search ivf: faiss is not installed; expected what pip install 'facetrain[faiss]' brings")
+    check_search(search)
     queries_nD = torch.from_numpy(embeddings).to(world.device)
     share = _share_of_rank(crowd, world)
 

@@ -143,5 +143,8 @@ def _pair(keys: tuple[ImageKey, ImageKey], score: float, read_picture: ReadPictu
     lines += [text(image_name(key)) for key in keys]
     if read_picture is None:
         return box("pair", lines)
-    faces = [picture(read_picture(key), "image/jpeg", image_name(key)) for key in keys]
+    try:
+        faces = [picture(read_picture(key), "image/jpeg", image_name(key)) for key in keys]
+    except ValueError as error:  # an image that can't be decoded costs its picture, not the report
+        return box("pair", [*lines, text(str(error), css="quiet")])
     return box("pair", [box("faces", faces), *lines])

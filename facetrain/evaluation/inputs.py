@@ -116,6 +116,23 @@ def face_set(names: Sequence[str]) -> FaceSet:
     )
 
 
+def check_people(names: Sequence[str], identities: Sequence[str]) -> None:
+    """Check that the people whom image names tell are those whom their source tells.
+
+    Args:
+        names: [n], such as `Name/Name_0001.jpg`.
+        identities: [n], of the same images.
+
+    Raises:
+        ValueError: They aren't; the message names an image.
+    """
+    identity_of, person_of = dict[str, str](), dict[str, str]()
+    for name, identity in zip(names, identities, strict=True):
+        person = image_key(name)[0]
+        if (identity_of.setdefault(person, identity), person_of.setdefault(identity, person)) != (identity, person):
+            raise ValueError(f"images: {name}: expected a file name that tells who it is, {identity}_0001.jpg")
+
+
 def unit_vectors(names: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale embeddings to unit length, so that inner products are cosine similarities.
 

@@ -1,5 +1,6 @@
 """What a run is judged on: pairs of held-out identities, and an evaluation set where one is configured."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.split import HeldoutPairs, IdentitySplit, heldout_pairs
 from facetrain.embed import embed_images
 from facetrain.evaluation.html_report import ReadPicture
-from facetrain.evaluation.inputs import ImageKey, face_set, image_name
+from facetrain.evaluation.inputs import ImageKey, check_people, face_set, image_name
 from facetrain.evaluation.lfw import Evaluation, evaluate, metrics
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.verification import verify
 from facetrain.world import World
+
+_log = logging.getLogger(__name__)
 
 PICTURE_PX = 112
 """Side of the pictures in a report."""
@@ -147,6 +150,9 @@ def open_evaluation_set(config: Config) -> FaceSource:
         ValueError: An image, a list or a line of it can't be used.
     """
     faces = open_faces([Path(path) for path in config.eval.images])
+    if left_out := faces.describe_skipped():
+        _log.warning("eval.images: %s", left_out)
+    check_people(faces.names, faces.identities)
     read_lists(faces.names, _request(config))
     return faces
 

@@ -93,8 +93,8 @@ def read_lists(names: Sequence[str], request: Request) -> Lists:
         pairs=pairs,
         view1=view1,
         listed=_read_listed(request.open_set_people, faces, is_lfw=is_lfw) if request.open_set_people else None,
-        closed=_read_closed(*request.closed_lists, faces) if request.closed_lists else None,
-        blufr=read_blufr(request.blufr, faces) if request.blufr else None,
+        closed=_read_closed(*request.closed_lists, faces, is_lfw=is_lfw) if request.closed_lists else None,
+        blufr=_read_blufr(request.blufr, faces, is_lfw=is_lfw) if request.blufr else None,
     )
 
 
@@ -106,7 +106,7 @@ def _read_listed(path: Path, faces: FaceSet, *, is_lfw: bool) -> Mask:
     return listed
 
 
-def _read_closed(gallery_file: Path, probes_file: Path, faces: FaceSet) -> tuple[Mask, Mask]:
+def _read_closed(gallery_file: Path, probes_file: Path, faces: FaceSet, *, is_lfw: bool) -> tuple[Mask, Mask]:
     gallery, probes = read_images(gallery_file, faces), read_images(probes_file, faces)
     if (gallery & probes).any():
         name = faces.names[int(np.argmax(gallery & probes))]
@@ -115,7 +115,22 @@ def _read_closed(gallery_file: Path, probes_file: Path, faces: FaceSet) -> tuple
     if unknown.any():
         person = faces.people[faces.person[int(np.argmax(unknown))]]
         raise ValueError(f"{probes_file}: expected people of {gallery_file} alone, got {person}")
+    if is_lfw:
+        people, of_probes = np.unique(faces.person[gallery]), np.unique(faces.person[probes])
+        counts = {"images": (int(gallery.sum()), 4249), "people": (len(people), 4249)}
+        _expect(f"{gallery_file}: gallery of closed-best-rowden", counts)
+        counts = {"images": (int(probes.sum()), 3143), "people": (len(of_probes), 596)}
+        _expect(f"{probes_file}: probes of closed-best-rowden", counts)
     return gallery, probes
+
+
+def _read_blufr(path: Path, faces: FaceSet, *, is_lfw: bool) -> tuple[BlufrTrial, ...]:
+    trials = read_blufr(path, faces)
+    if is_lfw:
+        _expect(f"{path}: BLUFR", {"trials": (len(trials), 10)})
+        for number, trial in enumerate(trials, start=1):
+            _expect(f"{path}: trial {number} of BLUFR", {"gallery images": (len(trial.gallery), 1000)})
+    return trials
 
 
 def _check_lfw(faces: FaceSet, pair_list: PairList | None) -> None:
@@ -132,7 +147,7 @@ def _check_lfw(faces: FaceSet, pair_list: PairList | None) -> None:
     _expect(
         "lfw",
         {
-            "images": (len(faces.person), LFW_IMAGES),
+            "images (--dataset NAME for another set)": (len(faces.person), LFW_IMAGES),
             "people": (len(faces.people), LFW_PEOPLE),
             "people with four or more images": (by_count[0], 610),
             "people with two or three images": (by_count[1], 1070),

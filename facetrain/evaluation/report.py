@@ -47,9 +47,25 @@ def report_to_folder(
     evaluation: Evaluation, out: Path, *, subject: str = "", read_picture: ReadPicture | None = None
 ) -> None:
     """Print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`."""
-    write_report(evaluation, out, subject=subject, read_picture=read_picture)
+    # First what took hours to compute.
     write_results(evaluation.results, out)
     sys.stdout.write(format_table(evaluation))
+    sys.stdout.flush()
+    write_report(evaluation, out, subject=subject, read_picture=read_picture)
+
+
+def open_out_folder(out: Path) -> None:
+    """Make the folder of a report, and refuse one that can't be used before anything is computed.
+
+    Raises:
+        ValueError: It is a file, or a run folder, whose results.json says that training has ended.
+    """
+    if (out / "config.yaml").exists():
+        raise ValueError(f"--out: {out} is a run folder, which keeps its own results.json; expected another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"--out: expected a folder, {out} is a file") from None
 
 
 def write_report(

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 """Seconds between the signs of life of a rank."""
 _LOST_AFTER_BEATS = 3
+_SIGNED_OFF = -1
 _JOIN_S = 15.0
 _SILENT_AFTER_S = 30.0
 """Seconds of silence, or half of `run.timeout_s` if that is less, after which rank 0 warns."""
@@ -61,6 +62,8 @@ class Heartbeat:
             self._ends.set()
             # A thread that comes back from the store while Python shuts down aborts the process.
             self._thread.join(_JOIN_S)
+            if error is not None:
+                self._sign_off()
 
     def _run(self) -> None:
         """Leave a sign every beat; on rank 0 look at all others' as well."""
@@ -87,6 +90,13 @@ class Heartbeat:
                         f" the run fails after run.timeout_s = {self.world.timeout_s:g} s of waiting for it"
                     )
 
+    def _sign_off(self) -> None:
+        """Say that this rank ends by itself: who looks for the lost later mustn't take it for one."""
+        try:
+            self._beat(_SIGNED_OFF)
+        except RuntimeError:  # rank 0, who keeps the board, is gone
+            log.debug("no board to sign off at")
+
     def _beat(self, number: int) -> None:
         self._board.write(self.world.rank, json.dumps([number, self.step]))
 
@@ -101,7 +111,7 @@ class Heartbeat:
         return [
             f"{self._name(rank)}, last seen at step {json.loads(sign)[1]}"
             for rank, sign in enumerate(after)
-            if sign == before[rank] and rank != self.world.rank
+            if sign == before[rank] and rank != self.world.rank and json.loads(sign)[0] != _SIGNED_OFF
         ]
 
     def _name(self, rank: int) -> str:

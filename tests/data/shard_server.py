@@ -31,6 +31,7 @@ class ShardServer(ThreadingHTTPServer):
         self.always: dict[str, Fault] = {}
         self.asked: list[tuple[str, int]] = []
         """Name and first byte of each request."""
+        self.authorizations: list[str | None] = []
         self.ending = threading.Event()
 
     @property
@@ -57,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         server, name = self.server, urlsplit(self.path).path.rpartition("/")[2]
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
         server.asked.append((name, start))
+        server.authorizations.append(self.headers.get("Authorization"))
         fault = server.faults[name].pop(0) if server.faults[name] else server.always.get(name)
         path = server.folder / name
         if fault is not None and fault.kind == "status":

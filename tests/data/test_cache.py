@@ -155,6 +155,15 @@ def test_the_disk_stays_within_its_bound(packed: Path, server: ShardServer, tmp_
     assert Counter(server.names())["shard-000000.tar"] > 1
 
 
+def test_files_of_others_are_never_evicted(packed: Path, server: ShardServer, tmp_path: Path) -> None:
+    others = [tmp_path / name for name in ("photos.tar", "film-final.part", f"{'g' * 64}.tar")]
+    for path in others:
+        path.write_bytes(bytes(1000))
+    remote = open_shards(config_of(server.url, tmp_path, cache_bytes=max(s.size_bytes for s in shard_infos(packed))))
+    assert [remote.read(image) for image in (0, remote.table.num_images - 1)]
+    assert all(path.stat().st_size == 1000 for path in others)
+
+
 def test_the_longest_unused_shard_makes_room_and_none_in_use(packed: Path, server: ShardServer, tmp_path: Path) -> None:
     a, b, c, d = shard_infos(packed)[:4]
     cache = cache_of(server, tmp_path, max_bytes=a.size_bytes + b.size_bytes + c.size_bytes)
@@ -240,6 +249,11 @@ def test_manifest_and_index_are_checked_before_any_shard(packed: Path, tmp_path:
         for text in ("<html>Please log in</html>", json.dumps(manifest | {"format": 9})):
             (folder / "manifest.json").write_text(text)
             with pytest.raises(ValueError, match=rf"{server.url}/manifest\.json: expected (a manifest|shard format 1)"):
+                open_shards(config_of(server.url, tmp_path / "cache"))
+        for key, value in (("sha256", "../victim"), ("name", "../victim.tar"), ("size_bytes", -1)):
+            bad = [manifest["shards"][0] | {key: value}, *manifest["shards"][1:]]
+            (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": bad}))
+            with pytest.raises(ValueError, match=rf"{server.url}/manifest\.json: expected a manifest .* got '?{value}"):
                 open_shards(config_of(server.url, tmp_path / "cache"))
         (folder / "manifest.json").unlink()
         with pytest.raises(ValueError, match=rf"{server.url}/manifest\.json: the server answered 404"):

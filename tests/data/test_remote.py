@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,14 @@ def test_a_file_that_is_shorter_or_longer_than_it_must_be_is_named(server: Shard
     for size_bytes, problem in ((300_001, "it ended after 300000|Requested Range"), (299_999, "it has more")):
         with pytest.raises(ValueError, match=rf"a\.tar: [^\n]*({problem})[^\n]*\(3 attempts\)$"):
             download(server.url, tmp_path / "a", size_bytes=size_bytes)
+
+
+def test_user_and_password_of_the_url_are_sent_as_the_standard_says(server: ShardServer, tmp_path: Path) -> None:
+    url = server.url.replace("://", "://me:p%40ss@")
+    assert download(url, tmp_path / "a") == DATA
+    assert server.authorizations == ["Basic " + b64encode(b"me:p@ss").decode()]
+    with pytest.raises(ValueError, match=r"^http://host:port/a\.tar: [^\n]*'port'"):
+        download("http://me:secret@host:port", tmp_path / "b")
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from drawn_faces import write_faces
 
-from facetrain.data.index import ClassTable
+from facetrain.data.index import ClassTable, index_tar
 from facetrain.data.manifest import Manifest, PackSettings
 from facetrain.data.pack import pack
 from facetrain.data.shards import ShardSet, index_shard, sidecar_of
@@ -86,10 +86,20 @@ def test_threads_forks_and_spawned_processes_read_the_same(packed: Path) -> None
 
 
 def test_more_shards_than_open_files_are_read(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_open = ShardSet.open(packed / "shards")
+    expected = [kept_open.read(i) for i in range(30)]
     monkeypatch.setattr("facetrain.data.index._MAX_OPEN_FILES", 1)
     shards = ShardSet.open(packed / "shards")
-    shards.verify()
-    assert [len(shards.read(i)) for i in (0, 29, 0, 29)] == [len(shards.read(i)) for i in (0, 29, 0, 29)]
+    assert [shards.read(i) for i in (0, 29, 0, 29)] == [expected[i] for i in (0, 29, 0, 29)]
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"\xff" * 12])
+def test_a_member_of_negative_size_is_named(packed: Path, tmp_path: Path, size: bytes) -> None:
+    tar = bytearray((packed / "shards" / "shard-000000.tar").read_bytes())
+    tar[124 : 124 + len(size)] = size
+    (tmp_path / "shard.tar").write_bytes(tar)
+    with pytest.raises(ValueError, match=r"shard\.tar: (damaged tar header at byte 0|expected an uncompressed tar)"):
+        list(index_tar(tmp_path / "shard.tar"))
 
 
 def test_any_shard_is_indexed_from_its_headers(packed: Path) -> None:

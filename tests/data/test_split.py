@@ -43,6 +43,13 @@ def test_too_many_held_out_are_refused():
         split_identities(MIXED, holdout=11, exclude=(), seed=0)
 
 
+def test_names_of_which_the_set_has_none_are_refused():
+    with pytest.raises(
+        ValueError, match=r"data\.exclude: the shards have none of these 2 identities, such as '0166921'"
+    ):
+        split_identities(MIXED, holdout=1, exclude=["0166921", "nobody"], seed=0)
+
+
 def people(table, images):
     return np.searchsorted(table.first_image, images, side="right") - 1
 

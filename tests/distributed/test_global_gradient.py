@@ -3,12 +3,14 @@
 The reference shares no code with the loss: a cross-entropy over the full logits and the penalty, in one process.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from distributed.ranks import run_ranks
 
 from facetrain.config import LossConfig, ModelConfig, TrainConfig
+from facetrain.embed import embed_images
 from facetrain.engine import Engine
 from facetrain.losses.npair import NPairLoss
 from facetrain.models import build_backbone
@@ -121,3 +123,18 @@ def test_training_through_the_engine_equals_one_process_at_every_zero_stage(worl
             assert norm == pytest.approx(expected_norm, rel=1e-5)
             assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
             assert losses == pytest.approx(expected_losses, rel=1e-5)
+
+
+def embed_with_shared_out_weights(world, num_images):
+    engine = make_engine(world, 3, momentum=0.9)
+    images = np.random.default_rng(0).integers(0, 256, (num_images, 32, 32, 1), dtype=np.uint8)
+    return embed_images(
+        engine.backbone, images.__getitem__, num_images, world=world, precision="float32", batch_images=4
+    )
+
+
+def test_ranks_that_share_out_weights_embed_unequal_shares():
+    for num_images in (3, 9):  # one and three batches for two ranks
+        (one,) = run_ranks(embed_with_shared_out_weights, 1, num_images)
+        for embeddings in run_ranks(embed_with_shared_out_weights, 2, num_images):
+            assert torch.equal(embeddings, one)

@@ -1,8 +1,11 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from distributed.ranks import run_ranks
 
-from facetrain.world import World
+from facetrain.world import GatherInFlight, World
 
 
 def collectives(world):
@@ -55,6 +58,23 @@ def test_every_rank_ends_with_the_same_values():
         assert result["caught"] == ("rank 0 could not", [0] if rank == 0 else [])
         assert result["caught_of_all"] == "rank 1 could not"
         assert result["overwritten"] == [1, 7]
+
+
+def exchanges_alive_after_backward(world):
+    alive = []
+    for _ in range(3):
+        x = torch.ones(4, 3, requires_grad=True)
+        flight = GatherInFlight(x, world.world_size, torch.float32)
+        alive.append(weakref.ref(flight._exchange))
+        flight.finish().square().sum().backward()
+        assert x.grad.tolist() == [[2.0 * world.world_size] * 3] * 4
+    del flight
+    gc.collect()
+    return sum(exchange() is not None for exchange in alive)
+
+
+def test_a_gather_leaves_nothing_in_memory_behind():
+    assert run_ranks(exchanges_alive_after_backward, 2) == [0, 0]
 
 
 def test_a_world_of_one_needs_no_process_group():

@@ -48,6 +48,14 @@ def write_config(file: Path, config: dict[str, Any]) -> Path:
     return file
 
 
+def strangers_alone(config: dict[str, Any]) -> None:
+    """Leave no probe of anybody in the gallery of the second trial."""
+    person = config["labels"].ravel()
+    enrolled = person[config["galIndex"][1, 0].ravel() - 1]
+    probes = config["probIndex"][1, 0].ravel()
+    config["probIndex"][1, 0] = probes[~np.isin(person[probes - 1], enrolled)][:, None]
+
+
 def brute_trial(config: dict[str, Any], trial: int, embedding: dict[str, NDArray[np.float32]]) -> dict[str, float]:
     images = [str(cell.item()) for cell in config["imageList"].ravel()]
     index = {key: [int(i) - 1 for i in config[key][trial, 0].ravel()] for key in ("testIndex", "galIndex", "probIndex")}
@@ -124,6 +132,7 @@ def test_a_collapsed_model_identifies_nobody_in_blufr(tmp_path: Path) -> None:
         (lambda c: c["galIndex"].__setitem__((1, 0), np.array([[0]])), "galIndex of trial 2: expected .* from 1 to"),
         (lambda c: c["probIndex"].__setitem__((0, 0), np.array([[9999]])), "probIndex of trial 1: expected .* from 1"),
         (lambda c: c["probIndex"].__setitem__((2, 0), c["galIndex"][2, 0]), "trial 3: expected no image of the gall"),
+        (strangers_alone, "probIndex of trial 2: expected a person of the gallery, got none"),
         (lambda c: c["testIndex"].__setitem__((0, 0), np.array([[1.5]])), "testIndex of trial 1: expected different"),
     ],
 )

@@ -154,7 +154,7 @@ def test_inputs_are_checked_before_anything_is_embedded(tmp_path: Path) -> None:
     names, _ = tied_set(0)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
     read_lists(names, Request(pairs=pairs, dataset="drawn"))
-    with pytest.raises(ValueError, match="lfw: expected 13,233 images, got 84"):
+    with pytest.raises(ValueError, match=r"lfw: expected 13,233 images \(--dataset NAME for another set\), got 84"):
         read_lists(names, Request(pairs=pairs))
     with pytest.raises(ValueError, match="is not in the set"):
         read_lists(names[:20], Request(pairs=pairs, dataset="drawn"))

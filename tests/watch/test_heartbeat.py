@@ -1,5 +1,6 @@
 """Who is lost and who is slow, by rank, host and step."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import pytest
 from commands import ROOT
 from distributed.ranks import run_ranks
 
+from facetrain.watch.heartbeat import Heartbeat
 from facetrain.watch.stragglers import StepClock
 from facetrain.world import World
 
@@ -63,13 +65,27 @@ def test_a_lost_rank_is_named_with_its_host_and_step(dying_rank: int, how: int) 
             assert process.returncode == 2, said
             lost = f"rank {dying_rank} on {socket.gethostname()}"
             where = "or the way to it" if dying_rank == 0 else "last seen at step 3"
-            assert f"step 3: lost {lost}, {where}" in said
+            assert f"step 3: lost {lost}, {where} (" in said  # and nobody else
             if how == signal.SIGSTOP and rank == 0:  # before the collective's own time is over
                 assert f"{lost}: no sign of life for 3 s, last at step 3" in said
     finally:
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def end_early_on_rank_1(world: World) -> list[str]:
+    """What rank 0 takes for lost when rank 1 has ended with an error of its own."""
+    with contextlib.suppress(KeyError), Heartbeat(world) as beat:
+        if world.rank == 1:
+            raise KeyError
+        time.sleep(2)  # rank 1 has said that it ends
+        return beat._lost()
+    return []
+
+
+def test_a_rank_that_ends_by_itself_is_not_taken_for_lost() -> None:
+    assert run_ranks(end_early_on_rank_1, 2) == [[], []]
 
 
 def time_steps(world: World, slow_s: float) -> tuple[dict[str, float], str | None]:

@@ -82,6 +82,13 @@ class FaceSource:
         """
         return self._reader(image).read(int(self._places[image]), int(self.sizes_bytes[image]))
 
+    def describe_skipped(self) -> str:
+        """Return how many images of the source can't be used and why not the first; '' where there are none."""
+        if not self.skipped:
+            return ""
+        first = self.skipped[0]
+        return f"images left out: {len(self.skipped)}, the first: {first.name}: {first.reason}"
+
     def where(self, image: int) -> str:
         """Return where an image comes from, for messages."""
         return self._reader(image).where(int(self._places[image]), self.names[image])
