@@ -8,16 +8,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
 import cv2
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from facetrain.batch import PairBatch
 from facetrain.config import DataConfig
+from facetrain.data.augment import draw_augmentations
 from facetrain.data.cached import HeldShards
 from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
 from facetrain.data.reading import FaceReader
@@ -28,10 +33,10 @@ class PairLoader:
     """An iterator over one rank's batches of steps first_step to last_step - 1.
 
     The plan is asked in this process, so that mined lists count that come while the loader runs; whole batches are
-    decoded in worker processes and come back as one tensor through shared memory. With A = data.workers *
-    data.prefetch batches ahead: `next` for step s draws the plan of steps up to and including s + A, and nothing
-    beyond. So lists that are added before `next` for step s is called take effect from step s + A on, and
-    `first_undrawn_step` is that step. Without workers A is 0.
+    decoded in worker processes, into places of shared memory that are used again and again: to map new ones for each
+    batch can take as long as a third of the decoding. With A = data.workers * data.prefetch batches ahead: `next` for
+    step s draws the plan of steps up to and including s + A, and nothing beyond. So lists that are added before `next`
+    for step s is called take effect from step s + A on, and `first_undrawn_step` is that step. Without workers A is 0.
 
     Workers are forked on Linux, unless `data.start_method` says otherwise: they start in milliseconds where spawn takes
     seconds to import torch, and share the class table's memory. They touch neither CUDA nor the process group, so it
@@ -68,19 +73,21 @@ class PairLoader:
         self._held = HeldShards(shards.cache, shards.manifest.shards) if shards.cache is not None else None
         self._slices = _StepSlices(plan, rank, world_size, first_step, last_step, self._hold_for)
         self._ahead = config.workers * config.prefetch
-        self._loader: DataLoader[PairBatch | Exception] = DataLoader(
-            _DecodedPairs(shards, config),
+        self._faces = _DecodedPairs(shards, config)
+        self._pairs_here = pairs_per_rank(plan.global_pairs, world_size)
+        self._pin_memory = pin_memory
+        self._loader: DataLoader[_Decoded | Exception] = DataLoader(
+            self._faces,
             sampler=self._slices,
             batch_size=None,
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
             worker_init_fn=_start_worker if config.workers else None,
             multiprocessing_context=config.start_method if config.workers and sys.platform == "linux" else None,
-            pin_memory=pin_memory,
             # The DataLoader draws a seed for its workers: not from the global generator, or resuming would differ.
             generator=torch.Generator(),
         )
-        self._batches: Iterator[PairBatch | Exception] | None = None
+        self._batches: Iterator[_Decoded | Exception] | None = None
         self.wait_s = 0.0
         """Seconds that the last `next` took: with workers, how long the training step waited for its data."""
 
@@ -101,12 +108,15 @@ class PairLoader:
         """
         called_at = time.perf_counter()
         if self._batches is None:
+            if self._ahead:  # before the workers, which are to share it
+                self._faces.make_places(self._ahead + 1, self._pairs_here)
             self._batches = iter(self._loader)
-        batch = next(self._batches)
-        self.wait_s = time.perf_counter() - called_at
-        if isinstance(batch, Exception):
+        decoded = next(self._batches)
+        if isinstance(decoded, Exception):
             self.close()
-            raise batch
+            raise decoded
+        batch = self._taken(decoded)
+        self.wait_s = time.perf_counter() - called_at
         return batch
 
     def close(self) -> None:
@@ -118,6 +128,17 @@ class PairLoader:
         self._batches = iter(())
         if self._held is not None:
             self._held.close()
+
+    def _taken(self, decoded: "_Decoded") -> PairBatch:
+        """Return a batch in memory of its own: its place is used again by the step that the next `next` draws."""
+        images_VnHWC = decoded.images_VnHWC
+        if images_VnHWC is None:
+            images_VnHWC = self._faces.place_of(decoded.step)
+            images_VnHWC = images_VnHWC.pin_memory() if self._pin_memory else images_VnHWC.clone()
+        labels_n = torch.from_numpy(decoded.labels_n)
+        return PairBatch(
+            step=decoded.step, images_VnHWC=images_VnHWC, labels_n=labels_n, replaced=tuple(decoded.replaced)
+        )
 
     def _hold_for(self, step: int) -> None:
         """Have at hand what the workers read when `step` is drawn: that, and the steps that they still decode."""
@@ -160,30 +181,55 @@ class _StepSlices(Sampler[StepPlan]):
             yield step_plan.slice(self.rank, self.world_size)
 
 
-class _DecodedPairs(Dataset[PairBatch | Exception]):
+@dataclass(frozen=True)
+class _Decoded:
+    """A batch as it leaves its worker: small, since the images are in shared memory already."""
+
+    step: int
+    labels_n: npt.NDArray[np.int64]
+    replaced: list[str]
+    images_VnHWC: Tensor | None  # noqa: N815 - dims as suffixes
+    """None where they are in the step's place."""
+
+
+class _DecodedPairs(Dataset[_Decoded | Exception]):
     """The batch of a StepPlan; runs in a worker."""
 
     def __init__(self, shards: ShardSet, config: DataConfig) -> None:
         self._reader, self._config = FaceReader(shards, config), config
+        self._places: Tensor | None = None
 
-    def __getitem__(self, step_plan: StepPlan) -> PairBatch | Exception:
+    def make_places(self, num_places: int, num_pairs: int) -> None:
+        """Make room for so many batches in memory that processes share."""
+        self._places = torch.empty(num_places, *self._shape(num_pairs), dtype=torch.uint8).share_memory_()
+
+    def place_of(self, step: int) -> Tensor:
+        """Return where the images of a step are, [2, n, H, W, C]."""
+        assert self._places is not None
+        return self._places[step % len(self._places)]
+
+    def __getitem__(self, step_plan: StepPlan) -> _Decoded | Exception:
         try:
             return self._decode(step_plan)
         except (ValueError, OSError) as error:
             # Raised by the main process instead: the DataLoader would wrap it into a traceback of the worker.
             return error
 
-    def _decode(self, step_plan: StepPlan) -> PairBatch:
-        n, side, channels = len(step_plan.labels_N), self._config.image_px, self._config.channels
-        images_VnHWC = torch.empty(2, n, side, side, channels, dtype=torch.uint8)
-        pixels_VnHWC = images_VnHWC.numpy()
-        images_n2, seeds_n2 = step_plan.image_idx_N2.tolist(), step_plan.augment_seeds_N2.tolist()
+    def _decode(self, step_plan: StepPlan) -> _Decoded:
+        n = len(step_plan.labels_N)
+        own = torch.empty(self._shape(n), dtype=torch.uint8) if self._places is None else None
+        pixels_VnHWC = (own if own is not None else self.place_of(step_plan.step)).numpy()
+        images_n2 = step_plan.image_idx_N2.tolist()
+        changes = draw_augmentations(step_plan.augment_seeds_N2.ravel(), self._config)
         replaced: list[str] = []
         for i in range(n):
-            (pixels_VnHWC[0, i], pixels_VnHWC[1, i]), replaced_here = self._reader.pair(images_n2[i], seeds_n2[i])
-            replaced += replaced_here
-        labels_n = torch.from_numpy(step_plan.labels_N)
-        return PairBatch(step=step_plan.step, images_VnHWC=images_VnHWC, labels_n=labels_n, replaced=tuple(replaced))
+            out = pixels_VnHWC[0, i], pixels_VnHWC[1, i]
+            replaced += self._reader.pair(images_n2[i], changes[2 * i : 2 * i + 2], out)
+        return _Decoded(step_plan.step, step_plan.labels_N, replaced, own)
+
+    def _shape(self, num_pairs: int) -> tuple[int, ...]:
+        side, channels = self._config.image_px, self._config.channels
+        return 2, num_pairs, side, side, channels
 
 
 def _start_worker(worker_id: int) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from facetrain.config import DataConfig
-from facetrain.data.decode import decode_augmented, decode_face
+from facetrain.data.augment import Augmentation
+from facetrain.data.decode import decode_augmented
 from facetrain.data.shards import ShardSet
 
 Pixels = npt.NDArray[np.uint8]
@@ -33,34 +34,40 @@ class FaceReader:
         Raises:
             ValueError: It can't be decoded, and nothing may stand in or no other image of the identity can be decoded.
         """
-        return self._read(image, None, avoid=None)[0]
+        config = self.config
+        pixels = np.empty((config.image_px, config.image_px, config.channels), dtype=np.uint8)
+        self._read(image, _UNCHANGED, None, pixels)
+        return pixels
 
-    def pair(self, images: Sequence[int], seeds: Sequence[int]) -> tuple[list[Pixels], list[str]]:
-        """Return anchor and positive of one identity, augmented by their seeds.
+    def pair(self, images: Sequence[int], changes: Sequence[Augmentation], out: Sequence[Pixels]) -> list[str]:
+        """Read anchor and positive of one identity, changed as training wants them.
 
         A stand-in isn't the pair's other image, unless the identity has no third that can be decoded: then the pair
         shows one image twice.
 
+        Args:
+            images: Numbers of the two images.
+            changes: What happens to each.
+            out: uint8 [image_px, image_px, C] twice, where they are written to.
+
         Returns:
-            uint8 [image_px, image_px, C] twice, and a line for each image that was replaced.
+            A line for each image that was replaced.
 
         Raises:
             ValueError: As `face`.
         """
-        faces, replaced, other = list[Pixels](), list[str](), images[1]
-        for image, seed in zip(images, seeds, strict=True):
-            pixels, shown, problem = self._read(image, seed, avoid=other)
-            faces.append(pixels)
-            if problem is not None:
-                replaced.append(f"{problem}; image {shown} stands in")
-            other = shown
-        return faces, replaced
+        anchor, positive = images
+        shown, problem = self._read(anchor, changes[0], positive, out[0])
+        replaced = [] if problem is None else [f"{problem}; image {shown} stands in"]
+        shown, problem = self._read(positive, changes[1], shown, out[1])
+        return replaced if problem is None else [*replaced, f"{problem}; image {shown} stands in"]
 
-    def _read(self, image: int, seed: int | None, avoid: int | None) -> tuple[Pixels, int, str | None]:
-        """Return pixels, the image that they are of, and why it isn't the one that was asked for."""
+    def _read(self, image: int, change: Augmentation, avoid: int | None, out: Pixels) -> tuple[int, str | None]:
+        """Write an image to `out`; returns which one it is, and why it isn't the one that was asked for."""
         data = self.shards.read(image)
         try:
-            return self._decode(data, image, seed), image, None
+            decode_augmented(data, self.config, change, f"image {image}", out)
+            return image, None
         except ValueError as error:
             # Looking up the shard's name for each image would take a tenth of the time to decode it.
             problem = f"{self.shards.where(image)}: {error}"
@@ -69,14 +76,11 @@ class FaceReader:
         for candidate in self._stand_ins(image, avoid):
             data = self.shards.read(candidate)
             try:
-                return self._decode(data, candidate, seed), candidate, problem
+                decode_augmented(data, self.config, change, f"image {candidate}", out)
+                return candidate, problem
             except ValueError:
                 continue
         raise ValueError(f"{problem}; nor can any other image of its identity be decoded")
-
-    def _decode(self, data: bytes, image: int, seed: int | None) -> Pixels:
-        name = f"image {image}"
-        return decode_face(data, self.config, name) if seed is None else decode_augmented(data, self.config, seed, name)
 
     def _stand_ins(self, image: int, avoid: int | None) -> Iterator[int]:
         """Yield the identity's other images in a circle, the one to avoid at the end."""
@@ -86,3 +90,6 @@ class FaceReader:
         circle = [*range(image + 1, end), *range(first, image)]
         yield from (candidate for candidate in circle if candidate != avoid)
         yield from (candidate for candidate in circle if candidate == avoid)
+
+
+_UNCHANGED = Augmentation()

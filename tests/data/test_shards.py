@@ -14,7 +14,9 @@ from drawn_faces import write_faces
 
 from facetrain.data.index import ClassTable, index_tar
 from facetrain.data.manifest import Manifest, PackSettings
+from facetrain.data.names import NameList
 from facetrain.data.pack import pack
+from facetrain.data.places import ImagePlaces, group_sizes
 from facetrain.data.shards import ShardSet, index_shard, sidecar_of
 
 COUNTS = {f"person {i}": 1 + i % 4 for i in range(12)}
@@ -140,19 +142,70 @@ def test_shard_that_shrinks_while_open_is_named(copied: Path) -> None:
 
 
 def test_index_that_does_not_match_its_tar_is_named(copied: Path) -> None:
-    places = np.load(copied / "images.npy")
-    np.save(copied / "images.npy", places + np.array([1, 0], dtype=np.uint32))
+    groups = np.load(copied / "images.npy")
+    longer = groups.copy()
+    longer["size_bytes"][0, 0] += 1
+    np.save(copied / "images.npy", longer)
     with pytest.raises(ValueError, match=r"shard-000000\.tar: doesn't match its index at 0000000_0000\.jpg"):
         ShardSet.open(copied)
-    np.save(copied / "images.npy", places[:-1])
-    with pytest.raises(ValueError, match="index and manifest differ"):
-        ShardSet.open(copied)
+    fewer = groups.copy()
+    fewer["size_bytes"][-1, 30 % 16 - 1] = 0
+    for other in (groups[:-1], groups[[0, 1, 1]], fewer):
+        np.save(copied / "images.npy", other)
+        with pytest.raises(ValueError, match=r"images\.npy: index and manifest differ: expected the places of 30 im"):
+            ShardSet.open(copied)
+    for other in (np.zeros(3), groups[:0], groups["first_block"]):
+        np.save(copied / "images.npy", other)
+        with pytest.raises(ValueError, match=r"images\.npy: damaged index file"):
+            ShardSet.open(copied)
     (copied / "images.npy").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"images\.npy: damaged index file"):
         ShardSet.open(copied)
     (copied / "images.npy").unlink()
     with pytest.raises(ValueError, match=r"images\.npy: index file is missing"):
         ShardSet.open(copied)
+
+
+def test_an_index_of_an_earlier_version_is_read(packed: Path, copied: Path) -> None:
+    """It held the first block and the length of each image."""
+    places = [index_shard(shard)[1] for shard in sorted(copied.glob("*.tar"))]
+    np.save(copied / "images.npy", np.concatenate(places))
+    earlier, shards = ShardSet.open(copied), ShardSet.open(packed / "shards")
+    assert [earlier.read(image) for image in range(30)] == [shards.read(image) for image in range(30)]
+
+
+@pytest.mark.parametrize("longest", [1 << 10, 1 << 18])
+def test_places_are_those_of_counted_blocks(longest: int) -> None:
+    """Lengths of whole blocks and one byte more or less, in shards that end anywhere in a row of the index."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, longest, 150)
+    sizes[::3] = 512 * rng.integers(1, longest // 512, 50) + rng.integers(-1, 2, 50)
+    images = [1, 15, 16, 17, 60, 40, 1]
+    groups = group_sizes(sizes)
+    assert groups.dtype["size_bytes"].base == (np.uint16 if longest < 1 << 16 else np.uint32)
+    places = ImagePlaces(groups, images)
+    image = 0
+    for shard, count in enumerate(images):
+        assert places.images_of(shard) == range(image, image + count)
+        at = 0
+        for _ in range(count):
+            assert places.locate(image) == (shard, at + 512, sizes[image])
+            assert places.shard_of(image) == shard
+            at, image = at + 512 + 512 * -(-int(sizes[image]) // 512), image + 1
+    assert np.array_equal(places.size_bytes(), sizes)
+
+
+def test_names_are_decoded_one_at_a_time() -> None:
+    names = ("", "Zoë", "a\nb", "", "李", "")
+    found = NameList.of(names)
+    assert [found[i] for i in range(-6, 6)] == [*names, *names]
+    assert found[1:5:2] == ["Zoë", ""]
+    assert found == names
+    assert found != names[1:]
+    assert "李" in found
+    assert NameList.of(("one",))[0] == "one"
+    with pytest.raises(IndexError):
+        found[6]
 
 
 def test_swapped_shards_are_noticed(copied: Path) -> None:
