@@ -219,12 +219,8 @@ class _DecodedPairs(Dataset[_Decoded | Exception]):
         n = len(step_plan.labels_N)
         own = torch.empty(self._shape(n), dtype=torch.uint8) if self._places is None else None
         pixels_VnHWC = (own if own is not None else self.place_of(step_plan.step)).numpy()
-        images_n2 = step_plan.image_idx_N2.tolist()
         changes = draw_augmentations(step_plan.augment_seeds_N2.ravel(), self._config)
-        replaced: list[str] = []
-        for i in range(n):
-            out = pixels_VnHWC[0, i], pixels_VnHWC[1, i]
-            replaced += self._reader.pair(images_n2[i], changes[2 * i : 2 * i + 2], out)
+        replaced = self._reader.pairs(step_plan.image_idx_N2, changes, pixels_VnHWC)
         return _Decoded(step_plan.step, step_plan.labels_N, replaced, own)
 
     def _shape(self, num_pairs: int) -> tuple[int, ...]:

@@ -74,6 +74,17 @@ class ImagePlaces:
         size_bytes = self._sizes[image // GROUP_IMAGES, image % GROUP_IMAGES].item()
         return Place(shard, (blocks + 1) * BLOCK_BYTES, size_bytes)
 
+    def locate_all(self, images: npt.NDArray[np.int64]) -> list[Place]:
+        """Return where each of many images lies, in a fraction of the time that `locate` takes for each."""
+        group, k = np.divmod(images, GROUP_IMAGES)
+        sizes = self._sizes[group].astype(np.int64)
+        blocks = (sizes + 2 * BLOCK_BYTES - 1) // BLOCK_BYTES * (np.arange(GROUP_IMAGES) < k[:, None])
+        shard = np.searchsorted(self._first_image, images, side="right") - 1
+        start = self._first_block[group] + blocks.sum(axis=1) - np.asarray(self._start_block)[shard]
+        own = np.take_along_axis(sizes, k[:, None], axis=1)[:, 0]
+        columns = (shard.tolist(), ((start + 1) * BLOCK_BYTES).tolist(), own.tolist())
+        return [Place(*row) for row in zip(*columns, strict=True)]
+
     def shard_of(self, image: int) -> int:
         """Return the number of the shard that holds an image."""
         return row_of(self._first_image, image)

@@ -12,6 +12,7 @@ from facetrain.data.decode import decode_augmented
 from facetrain.data.shards import ShardSet
 
 Pixels = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,19 @@ class FaceReader:
         """
         config = self.config
         pixels = np.empty((config.image_px, config.image_px, config.channels), dtype=np.uint8)
-        self._read(image, _UNCHANGED, None, pixels)
+        self._decode(self.shards.read(image), image, _UNCHANGED, None, pixels)
         return pixels
 
-    def pair(self, images: Sequence[int], changes: Sequence[Augmentation], out: Sequence[Pixels]) -> list[str]:
-        """Read anchor and positive of one identity, changed as training wants them.
+    def pairs(self, image_idx_n2: Ints, changes: Sequence[Augmentation], out_VnHWC: Pixels) -> list[str]:
+        """Read pairs, changed as training wants them.
 
         A stand-in isn't the pair's other image, unless the identity has no third that can be decoded: then the pair
         shows one image twice.
 
         Args:
-            images: Numbers of the two images.
-            changes: What happens to each.
-            out: uint8 [image_px, image_px, C] twice, where they are written to.
+            image_idx_n2: int64 [n, 2]; anchor and positive of each pair.
+            changes: [2 n]; what happens to each image, pair after pair.
+            out_VnHWC: uint8 [2, n, image_px, image_px, C], where they are written to without a copy between.
 
         Returns:
             A line for each image that was replaced.
@@ -56,15 +57,21 @@ class FaceReader:
         Raises:
             ValueError: As `face`.
         """
-        anchor, positive = images
-        shown, problem = self._read(anchor, changes[0], positive, out[0])
-        replaced = [] if problem is None else [f"{problem}; image {shown} stands in"]
-        shown, problem = self._read(positive, changes[1], shown, out[1])
-        return replaced if problem is None else [*replaced, f"{problem}; image {shown} stands in"]
+        found, replaced = self.shards.read_all(image_idx_n2.ravel()), list[str]()
+        for i, images in enumerate(image_idx_n2.tolist()):
+            other = images[1]
+            for view, image in enumerate(images):
+                at = 2 * i + view
+                shown, problem = self._decode(found[at], image, changes[at], other, out_VnHWC[view, i])
+                if problem is not None:
+                    replaced.append(f"{problem}; image {shown} stands in")
+                other = shown
+        return replaced
 
-    def _read(self, image: int, change: Augmentation, avoid: int | None, out: Pixels) -> tuple[int, str | None]:
+    def _decode(
+        self, data: bytes, image: int, change: Augmentation, avoid: int | None, out: Pixels
+    ) -> tuple[int, str | None]:
         """Write an image to `out`; returns which one it is, and why it isn't the one that was asked for."""
-        data = self.shards.read(image)
         try:
             decode_augmented(data, self.config, change, f"image {image}", out)
             return image, None

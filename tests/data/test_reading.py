@@ -42,7 +42,8 @@ def numbers(shards: ShardSet) -> list[int]:
 
 def pair_of(reader: FaceReader, images: Sequence[int]) -> tuple[np.ndarray, list[str]]:
     out = np.empty((2, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
-    return out, reader.pair(images, (Augmentation(mirrored=True), Augmentation()), out)
+    changes = (Augmentation(mirrored=True), Augmentation())
+    return out, reader.pairs(np.array([images]), changes, out[:, None])
 
 
 def test_the_next_image_of_the_identity_stands_in(shards: ShardSet) -> None:

@@ -193,6 +193,8 @@ def test_places_are_those_of_counted_blocks(longest: int) -> None:
             assert places.shard_of(image) == shard
             at, image = at + 512 + 512 * -(-int(sizes[image]) // 512), image + 1
     assert np.array_equal(places.size_bytes(), sizes)
+    order = rng.permutation(150)
+    assert places.locate_all(order) == [places.locate(image) for image in order.tolist()]
 
 
 def test_names_are_decoded_one_at_a_time() -> None:
