@@ -52,6 +52,8 @@ class Config:
             )
         if self.data.window_shards is not None:
             self._check_window()
+        if self.data.partitioned or self.data.window_shards is not None:
+            self._check_parts_are_mined()
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:
             raise ValueError(
@@ -65,10 +67,18 @@ class Config:
                 f"data.virtual_nodes: expected a divisor of train.global_pairs = {self.train.global_pairs}, got"
                 f" {self.data.virtual_nodes}"
             )
-        if self.mining.mode != "off":
+
+    def _check_parts_are_mined(self) -> None:
+        key = "partitioned" if self.data.partitioned else "window_shards"
+        if self.mining.mode not in ("off", "quota"):
             raise ValueError(
-                "mining.mode: expected 'off' with data.window_shards, since mined classes lie in all shards, got"
-                f" '{self.mining.mode}'"
+                f"mining.mode: expected 'off' or 'quota' with data.{key}, since a rank can't read all shards,"
+                f" got '{self.mining.mode}'"
+            )
+        if self.mining.mode == "quota" and self.mining.virtual_nodes % self.data.virtual_nodes:
+            raise ValueError(
+                f"mining.virtual_nodes: expected a multiple of data.virtual_nodes = {self.data.virtual_nodes}, got"
+                f" {self.mining.virtual_nodes}"
             )
 
     def _check_overlap(self) -> None:

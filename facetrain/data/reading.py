@@ -1,7 +1,9 @@
 """FaceReader: faces by number as the network sees them, and what stands in for one that can't be decoded."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,9 @@ from facetrain.config import DataConfig
 from facetrain.data.augment import Augmentation
 from facetrain.data.decode import decode_augmented
 from facetrain.data.shards import ShardSet
+from facetrain.world import World
+
+log = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -29,15 +34,21 @@ class FaceReader:
     config: DataConfig
     """How they are decoded and augmented, and `on_bad_image`."""
 
-    def face(self, image: int) -> Pixels:
+    def face(self, image: int, replaced: list[str] | None = None) -> Pixels:
         """Return a face as evaluation and mining see it, uint8 [image_px, image_px, C].
+
+        Args:
+            image: Its number.
+            replaced: Where given, a line is added to it if another image stands in.
 
         Raises:
             ValueError: It can't be decoded, and nothing may stand in or no other image of the identity can be decoded.
         """
         config = self.config
         pixels = np.empty((config.image_px, config.image_px, config.channels), dtype=np.uint8)
-        self._decode(self.shards.read(image), image, _UNCHANGED, None, pixels)
+        shown, problem = self._decode(self.shards.read(image), image, _UNCHANGED, None, pixels)
+        if problem is not None and replaced is not None:
+            replaced.append(f"{problem}; image {shown} stands in")
         return pixels
 
     def pairs(self, image_idx_n2: Ints, changes: Sequence[Augmentation], out_VnHWC: Pixels) -> list[str]:
@@ -97,6 +108,15 @@ class FaceReader:
         circle = [*range(image + 1, end), *range(first, image)]
         yield from (candidate for candidate in circle if candidate != avoid)
         yield from (candidate for candidate in circle if candidate == avoid)
+
+
+def report_replaced(lines: Sequence[str], world: World) -> int:
+    """Log the images of all ranks that were replaced, each once; returns their number. Every rank must call it."""
+    # Over all ranks: every rank ends with the lines of all.
+    everywhere = list(chain.from_iterable(world.all_gather_object(list(lines))))
+    for line in sorted(set(everywhere)):
+        log.warning(line)
+    return len(everywhere)
 
 
 _UNCHANGED = Augmentation()

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,20 @@ class ShardSet:
     """The identities and which images are theirs."""
     places: ImagePlaces
     """Where each image lies."""
+    held: tuple[int, ...]
+    """Numbers of the shards that can be read: all, unless the set was opened as a part of one."""
+    _may_lack: bool
     _tars: FileSlices
 
     @classmethod
-    def open(cls, folder: Path, cache: ShardCache | None = None) -> "ShardSet":
+    def open(cls, folder: Path, cache: ShardCache | None = None, *, may_lack: bool = False) -> "ShardSet":
         """Open a folder that `facetrain pack` made; checks files and sizes, reads no image.
 
         Args:
             folder: Holds manifest and index.
             cache: Where the shards are; those that are missing are fetched, all of them at once if they fit. None:
                 in the folder.
+            may_lack: The folder may lack shards, which are never read then; `held` says which it has.
 
         Raises:
             ValueError: The folder or a shard is missing, a shard is truncated, or an index doesn't match its tar; the
@@ -74,7 +79,8 @@ class ShardSet:
         else:
             tars = CachedSlices(cache, manifest.shards, keep_open=is_whole)
         places = ImagePlaces.load(folder / IMAGES_FILE, [shard.images for shard in manifest.shards])
-        shards = cls(folder, cache, manifest, ClassTable.load(folder), places, tars)
+        held = tuple(i for i, path in enumerate(tars.paths) if not may_lack or path.is_file())
+        shards = cls(folder, cache, manifest, ClassTable.load(folder), places, held, may_lack, tars)
         shards._check_counts()
         if cache is None:
             shards._check_sizes()
@@ -132,7 +138,7 @@ class ShardSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapped array would be pickled as a copy of its content.
-        return ShardSet.open, (self.folder, self.cache)
+        return partial(ShardSet.open, may_lack=self._may_lack), (self.folder, self.cache)
 
     def _member(self, image: int) -> str:
         label = self.table.identity_of(image)
@@ -144,7 +150,8 @@ class ShardSet:
             raise ValueError(f"{self.folder}: index and manifest differ in their counts; run `facetrain pack` again")
 
     def _check_sizes(self) -> None:
-        for info, path in zip(self.manifest.shards, self._tars.paths, strict=True):
+        for shard in self.held:
+            info, path = self.manifest.shards[shard], self._tars.paths[shard]
             found = path.stat().st_size if path.is_file() else None
             if found is None:
                 raise ValueError(f"{path}: shard is missing; `facetrain pack`, run again, repairs it")
@@ -153,7 +160,7 @@ class ShardSet:
                 raise ValueError(f"{path}: {kind}: expected {info.size_bytes} bytes, found {found}")
 
     def _check_headers(self) -> None:
-        for shard in range(len(self.manifest.shards)):
+        for shard in self.held:
             images = self.places.images_of(shard)
             for image in {images[0], images[-1]}:
                 self._check_header(image)
@@ -174,7 +181,7 @@ def open_shards(config: DataConfig) -> ShardSet:
         ValueError: It can't be had, or isn't a folder of shards; the message names the file or URL.
     """
     if not config.is_remote:
-        return ShardSet.open(Path(config.shards))
+        return ShardSet.open(Path(config.shards), may_lack=config.partitioned)
     assert config.cache_dir is not None  # the config checks it
     remote = RemoteFolder(url=config.shards, timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
     windowed = config.window_shards is not None
