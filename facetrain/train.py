@@ -116,7 +116,7 @@ class Run:
             world_size=self.world.world_size,
             first_step=state.step,
             last_step=config.train.steps,
-            pin_memory=self.world.device.type == "cuda",
+            device=self.world.device,
         )
         with loader, StopRequest(self.world) as stop, Heartbeat(self.world) as heartbeat:
             while state.step < config.train.steps:
@@ -127,7 +127,7 @@ class Run:
                 self._mine_if_due()
                 heartbeat.step = state.step
                 self.clock.begin()
-                batch = next(loader).to(self.world.device)
+                batch = next(loader)
                 waited_s += loader.wait_s
                 self.replaced += batch.replaced
                 self._seed_random_layers()

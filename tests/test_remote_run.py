@@ -73,15 +73,15 @@ def test_two_ranks_train_in_windows_of_shards(synthetic: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_mining_in_windows_is_the_same_for_any_ranks_and_counts_bad_images(synthetic: Path, tmp_path: Path) -> None:
     """Every virtual node mines what its window holds; a quarter of the images can't be decoded."""
-    pack([synthetic / "faces" / "train"], tmp_path / "there", images_per_shard=8, workers=1)
+    pack([synthetic / "faces" / "train"], tmp_path / "there", images_per_shard=12, workers=1)
     damage(ShardSet.open(tmp_path / "there"), range(0, 192, 4))
     settings = {
-        "data__window_shards": 4,
+        "data__window_shards": 3,
         "data__virtual_nodes": 2,
         "data__prefetch": 1,
         "data__on_bad_image": "skip",
         "model__norm": "group",
-        "train__global_pairs": 4,
+        "train__global_pairs": 2,
         "mining__mode": "quota",
         "mining__virtual_nodes": 2,
         "mining__candidates": 8,

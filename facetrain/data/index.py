@@ -44,7 +44,7 @@ class ClassTable:
             raise ValueError(
                 f"class table: expected {len(self.names) + 1} image bounds for its names, got {len(self.first_image)}"
             )
-        if self.first_image[0] != 0 or not bool((np.diff(self.first_image) > 0).all()):
+        if self.first_image[0] != 0 or not bool((self.first_image[1:] > self.first_image[:-1]).all()):
             raise ValueError("class table: expected image bounds that rise from 0, at least one image per identity")
 
     @property
@@ -75,8 +75,9 @@ class ClassTable:
         """
         text, first_image = load_array(folder / _NAMES_FILE), load_array(folder / _FIRST_IMAGE_FILE)
         try:
-            bytes(text).decode()  # names are decoded when they are asked for: damage is to show now
-            return cls(names=NameList(text), first_image=first_image)
+            names = NameList(text)
+            names.check()  # they are decoded when they are asked for: damage is to show now
+            return cls(names=names, first_image=first_image)
         except ValueError as error:
             raise ValueError(f"{folder / _NAMES_FILE} or {_FIRST_IMAGE_FILE} beside it is damaged: {error}") from None
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
@@ -53,7 +53,7 @@ class PairLoader:
         world_size: int,
         first_step: int,
         last_step: int,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """Prepare the stream; no worker starts before the first `next`.
 
@@ -65,7 +65,7 @@ class PairLoader:
             world_size: W.
             first_step: Step of the first batch: 0, or where a run resumes.
             last_step: One past the step of the last batch.
-            pin_memory: Put batches into page-locked memory, for copies to a GPU beside computation.
+            device: Where batches are given out; None: the CPU. To a GPU they are copied beside what it computes.
 
         Raises:
             ValueError: W doesn't divide the plan's pairs.
@@ -75,7 +75,8 @@ class PairLoader:
         self._ahead = config.workers * config.prefetch
         self._faces = _DecodedPairs(shards, config)
         self._pairs_here = pairs_per_rank(plan.global_pairs, world_size)
-        self._pin_memory = pin_memory
+        on_gpu = device is not None and device.type == "cuda"
+        self._copy_to_gpu = _DeviceCopy(device) if device is not None and on_gpu else None
         self._loader: DataLoader[_Decoded | Exception] = DataLoader(
             self._faces,
             sampler=self._slices,
@@ -131,14 +132,13 @@ class PairLoader:
 
     def _taken(self, decoded: "_Decoded") -> PairBatch:
         """Return a batch in memory of its own: its place is used again by the step that the next `next` draws."""
-        images_VnHWC = decoded.images_VnHWC
-        if images_VnHWC is None:
-            images_VnHWC = self._faces.place_of(decoded.step)
-            images_VnHWC = images_VnHWC.pin_memory() if self._pin_memory else images_VnHWC.clone()
-        labels_n = torch.from_numpy(decoded.labels_n)
-        return PairBatch(
-            step=decoded.step, images_VnHWC=images_VnHWC, labels_n=labels_n, replaced=tuple(decoded.replaced)
-        )
+        own = decoded.images_VnHWC
+        images_VnHWC = self._faces.place_of(decoded.step) if own is None else own
+        labels_n, replaced = torch.from_numpy(decoded.labels_n), tuple(decoded.replaced)
+        batch = PairBatch(step=decoded.step, images_VnHWC=images_VnHWC, labels_n=labels_n, replaced=replaced)
+        if self._copy_to_gpu is not None:
+            return self._copy_to_gpu(batch.pin_memory())
+        return batch if own is not None else replace(batch, images_VnHWC=images_VnHWC.clone())
 
     def _hold_for(self, step: int) -> None:
         """Have at hand what the workers read when `step` is drawn: that, and the steps that they still decode."""
@@ -154,6 +154,24 @@ class PairLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _DeviceCopy:
+    """Copies batches to a GPU on a stream of their own, beside the kernels that were queued before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def __call__(self, batch: PairBatch) -> PairBatch:
+        """Start the copy of a batch in pinned memory; kernels that are queued from now on wait for it, the host not."""
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self._device)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for tensor in (moved.images_VnHWC, moved.labels_n):
+            # It belongs to the copying stream, whose next batch could take its memory before kernels have read it.
+            tensor.record_stream(computing)
+        return moved
 
 
 class _StepSlices(Sampler[StepPlan]):

@@ -1,5 +1,6 @@
 """Names of millions of identities, mapped into memory and decoded one at a time."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import overload
@@ -18,12 +19,23 @@ class NameList(Sequence[str]):
         """Take the bytes of at least one name."""
         self.text = text
         """uint8, as it is in the file."""
-        self._length = int(np.count_nonzero(text == 0)) + 1
+        self._length = len(text) - int(np.count_nonzero(text)) + 1
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "NameList":
         """Join names that exist as strings."""
         return cls(np.frombuffer("\0".join(names).encode(), dtype=np.uint8))
+
+    def check(self) -> None:
+        """Decode all names once, a piece at a time.
+
+        Raises:
+            ValueError: They aren't UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for begin in range(0, len(self.text), 1 << 20):
+            decoder.decode(bytes(self.text[begin : begin + (1 << 20)]))
+        decoder.decode(b"", final=True)
 
     def __len__(self) -> int:
         return self._length
