@@ -50,6 +50,8 @@ class DataConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     """What an image that can't be decoded does: ends the run, or is counted, logged and replaced by another image of
     its identity."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where JPEGs are decoded and augmented: in the workers, or on each rank's GPU, by nvJPEG; workers then only read."""
     workers: int = 1
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 4
@@ -63,6 +65,11 @@ class DataConfig:
             at_least(f"data.{name}", getattr(self, name), 1)
         if self.window_shards is not None:
             self._check_window(self.window_shards)
+        if self.decode == "gpu" and self.on_bad_image != "error":
+            raise ValueError(
+                f"data.on_bad_image: expected 'error' with data.decode gpu, which decodes whole batches, got"
+                f" '{self.on_bad_image}'"
+            )
         if self.partitioned:
             self._check_partitioned()
         self._check_cache()

@@ -54,6 +54,8 @@ class Config:
             self._check_window()
         if self.data.partitioned or self.data.window_shards is not None:
             self._check_parts_are_mined()
+        if self.data.decode == "gpu" and self.run.device == "cpu":
+            raise ValueError("data.decode: 'gpu' needs a CUDA device, got run.device cpu; expected 'cpu' here")
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:
             raise ValueError(

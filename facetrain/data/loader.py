@@ -24,6 +24,7 @@ from facetrain.batch import PairBatch
 from facetrain.config import DataConfig
 from facetrain.data.augment import draw_augmentations
 from facetrain.data.cached import HeldShards
+from facetrain.data.device_decode import check_decoder, decode_on_device
 from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
 from facetrain.data.reading import FaceReader
 from facetrain.data.shards import ShardSet
@@ -75,6 +76,8 @@ class PairLoader:
         self._ahead = config.workers * config.prefetch
         self._faces = _DecodedPairs(shards, config)
         self._pairs_here = pairs_per_rank(plan.global_pairs, world_size)
+        check_decoder(config, device)
+        self._config, self._device = config, device
         on_gpu = device is not None and device.type == "cuda"
         self._copy_to_gpu = _DeviceCopy(device) if device is not None and on_gpu else None
         self._loader: DataLoader[_Decoded | Exception] = DataLoader(
@@ -109,7 +112,7 @@ class PairLoader:
         """
         called_at = time.perf_counter()
         if self._batches is None:
-            if self._ahead:  # before the workers, which are to share it
+            if self._ahead and self._config.decode == "cpu":  # before the workers, which are to share it
                 self._faces.make_places(self._ahead + 1, self._pairs_here)
             self._batches = iter(self._loader)
         decoded = next(self._batches)
@@ -132,6 +135,12 @@ class PairLoader:
 
     def _taken(self, decoded: "_Decoded") -> PairBatch:
         """Return a batch in memory of its own: its place is used again by the step that the next `next` draws."""
+        if decoded.jpegs_2n is not None:
+            assert self._device is not None  # check_decoder
+            changes = draw_augmentations(decoded.seeds_2n, self._config)
+            images_VnHWC = decode_on_device(decoded.jpegs_2n, changes, self._config, self._device).unflatten(0, (2, -1))
+            labels_n = torch.from_numpy(decoded.labels_n).to(self._device)
+            return PairBatch(step=decoded.step, images_VnHWC=images_VnHWC, labels_n=labels_n)
         own = decoded.images_VnHWC
         images_VnHWC = self._faces.place_of(decoded.step) if own is None else own
         labels_n, replaced = torch.from_numpy(decoded.labels_n), tuple(decoded.replaced)
@@ -208,6 +217,10 @@ class _Decoded:
     replaced: list[str]
     images_VnHWC: Tensor | None  # noqa: N815 - dims as suffixes
     """None where they are in the step's place."""
+    seeds_2n: npt.NDArray[np.uint32]
+    """Augmentation seeds, those of the anchors first."""
+    jpegs_2n: list[bytes] | None = None
+    """Where the GPU decodes: the images' bytes, anchors first."""
 
 
 class _DecodedPairs(Dataset[_Decoded | Exception]):
@@ -234,12 +247,15 @@ class _DecodedPairs(Dataset[_Decoded | Exception]):
             return error
 
     def _decode(self, step_plan: StepPlan) -> _Decoded:
-        n = len(step_plan.labels_N)
+        n, seeds_2n = len(step_plan.labels_N), step_plan.augment_seeds_N2.T.ravel()
+        if self._config.decode == "gpu":
+            jpegs_2n = self._reader.shards.read_all(step_plan.image_idx_N2.T.ravel())
+            return _Decoded(step_plan.step, step_plan.labels_N, [], None, seeds_2n, jpegs_2n)
         own = torch.empty(self._shape(n), dtype=torch.uint8) if self._places is None else None
         pixels_VnHWC = (own if own is not None else self.place_of(step_plan.step)).numpy()
         changes = draw_augmentations(step_plan.augment_seeds_N2.ravel(), self._config)
         replaced = self._reader.pairs(step_plan.image_idx_N2, changes, pixels_VnHWC)
-        return _Decoded(step_plan.step, step_plan.labels_N, replaced, own)
+        return _Decoded(step_plan.step, step_plan.labels_N, replaced, own, seeds_2n)
 
     def _shape(self, num_pairs: int) -> tuple[int, ...]:
         side, channels = self._config.image_px, self._config.channels

@@ -1,8 +1,10 @@
 """Shards as they lie on disk: what is checked, what is named, and who else can read them."""
 
 import json
+import mmap
 import multiprocessing
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from drawn_faces import write_faces
 
-from facetrain.data.index import ClassTable, index_tar
+from facetrain.data.index import ClassTable, index_tar, save_array
 from facetrain.data.manifest import Manifest, PackSettings
 from facetrain.data.names import NameList
 from facetrain.data.pack import pack
@@ -197,6 +199,30 @@ def test_places_are_those_of_counted_blocks(longest: int) -> None:
     assert places.locate_all(order) == [places.locate(image) for image in order.tolist()]
 
 
+@pytest.mark.slow
+def test_the_index_of_41_million_images_takes_less_than_200_megabytes(tmp_path: Path) -> None:
+    """Of 2 million identities, in bytes on disk, which are mapped and nothing else; benchmarks/index.py takes times."""
+    identities, images = 2_000_000, 41_000_000
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(3000, 12_000, images, dtype=np.uint16)
+    save_array(tmp_path / "images.npy", group_sizes(sizes))
+    first_image = np.linspace(0, images, identities + 1).astype(np.int64)
+    ClassTable(names=[f"m.{i:07x}" for i in range(identities)], first_image=first_image).save(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 140e6
+    places = ImagePlaces.load(tmp_path / "images.npy", [10_000] * 4100)
+    table = ClassTable.load(tmp_path)
+    for array in (places._first_block, places._sizes, table.first_image, table.names.text):
+        while isinstance(array.base, np.ndarray) and not isinstance(array, np.memmap):
+            array = array.base
+        assert isinstance(array.base, mmap.mmap) or isinstance(array, np.memmap)
+    assert table.names[1_999_999] == "m.01e847f"
+    drawn = rng.integers(0, images, 20)
+    blocks = (sizes.astype(np.int64) + 1023) // 512
+    for image, place in zip(drawn.tolist(), places.locate_all(drawn), strict=True):
+        shard = image // 10_000
+        assert place == (shard, 512 * (int(blocks[10_000 * shard : image].sum()) + 1), sizes[image])
+
+
 def test_names_are_decoded_one_at_a_time() -> None:
     names = ("", "Zoë", "a\nb", "", "李", "")
     found = NameList.of(names)
@@ -236,6 +262,17 @@ def test_manifest_of_another_kind_is_refused(copied: Path) -> None:
     path.write_text(json.dumps(content | {"format": 2}))
     with pytest.raises(ValueError, match=r"manifest\.json: expected shard format 1, got 2"):
         ShardSet.open(copied)
+    first = content["shards"][0]
+    for key, value in (
+        ("name", "../a.tar"),
+        ("name", "a;b"),
+        ("name", ".."),
+        ("sha256", "../../a"),
+        ("sha256", "0" * 63),
+    ):
+        path.write_text(json.dumps(content | {"shards": [first | {key: value}, *content["shards"][1:]]}))
+        with pytest.raises(ValueError, match=rf"can't be read: [^\n]*got '{re.escape(value)}'$"):
+            ShardSet.open(copied)
     for damaged in ("{", "[]", '{"format": 1}', json.dumps(content | {"colour": 1})):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"manifest\.json: expected a manifest of facetrain shards"):
