@@ -51,7 +51,7 @@ class DataConfig:
     """What an image that can't be decoded does: ends the run, or is counted, logged and replaced by another image of
     its identity."""
     decode: Literal["cpu", "gpu"] = "cpu"
-    """Where JPEGs are decoded and augmented: in the workers, or on each rank's GPU, by nvJPEG; workers then only read."""
+    """Where JPEGs are decoded and augmented: in the workers, or by nvJPEG on each rank's GPU, for which they read."""
     workers: int = 1
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 4

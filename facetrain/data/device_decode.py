@@ -91,4 +91,5 @@ def _recoloured(faces_BHWC: Tensor, changes: Sequence[Augmentation]) -> Tensor:
     brightness_B111, contrast_B111 = factors_2B.to(faces_BHWC.device)[:, :, None, None, None]
     mean_B111 = faces_BHWC.mean(dim=(1, 2, 3), keepdim=True)
     changed_BHWC = brightness_B111 * (mean_B111 + contrast_B111 * (faces_BHWC - mean_B111))
-    return changed_BHWC.round().clamp(0, 255).to(torch.uint8)
+    pixels_BHWC: Tensor = changed_BHWC.round().clamp(0, 255).to(torch.uint8)
+    return pixels_BHWC
