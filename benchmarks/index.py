@@ -9,6 +9,7 @@ take (proportional set size: what is shared counts once).
 """
 
 import argparse
+import gc
 import itertools
 import json
 import multiprocessing
@@ -121,6 +122,7 @@ def memory_of_workers(places: ImagePlaces, steps: list[NDArray[np.int64]], num_w
 
 def locate_batches(pipe: Connection, places: ImagePlaces, steps: list[NDArray[np.int64]]) -> None:
     """Look batches up, say so, and wait to be measured."""
+    gc.freeze()  # as the loader's workers do, against copies of what was imported
     for images in steps:
         places.locate_all(images)
     pipe.send(None)

@@ -3,6 +3,7 @@
 Dims: V = 2 views of a pair (0 anchor, 1 positive), n pairs on this rank, H x W pixels, C channels.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -264,6 +265,7 @@ class _DecodedPairs(Dataset[_Decoded | Exception]):
 
 def _start_worker(worker_id: int) -> None:
     """Prepare a worker process."""
+    gc.freeze()  # or the first collection would write to, and so copy, all that was imported before the fork
     cv2.setNumThreads(0)  # its thread pool doesn't survive a fork, and the workers are the parallelism
     # A cluster that ends a job signals all its processes, but when to stop is for the training process to decide: it
     # may still take some steps, and the death of a worker would raise in the middle of its last checkpoint.
