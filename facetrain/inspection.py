@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from facetrain.command_line import say
 from facetrain.data.contact_sheet import save_contact_sheet
-from facetrain.data.index import load_array
 from facetrain.data.pack import REJECTED_FILE
-from facetrain.data.shards import IMAGES_FILE, ShardSet
+from facetrain.data.shards import ShardSet
 from facetrain.figure import COLOURS, save_figure
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def measure_shards(shards: ShardSet) -> Inspection:
         image_px=manifest.image_px,
         size_bytes=manifest.size_bytes,
         images_per_identity=Spread.of(np.diff(shards.table.first_image)),
-        image_bytes=Spread.of(load_array(shards.folder / IMAGES_FILE)[:, 1].astype(np.int64)),
+        image_bytes=Spread.of(shards.places.size_bytes()),
         single_image_identities=manifest.single_image_identities,
         rejected_images=_reasons(line for line in lines if "image" in line),
         dropped_identities=_reasons(line for line in lines if "identity" in line),

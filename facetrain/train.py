@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,11 @@ from facetrain.command_line import config_yaml, parse_config, run_command
 from facetrain.config import Config
 from facetrain.data.loader import PairLoader
 from facetrain.data.plan import count_draws, pairs_per_rank
+from facetrain.data.reading import report_replaced
 from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
-from facetrain.inputs import Inputs, check_same_shards, open_inputs
+from facetrain.inputs import Inputs, check_same_shards, open_inputs, share_out
 from facetrain.losses.build import build_loss
 from facetrain.masking import mask_secrets
 from facetrain.mining.miner import Miner
@@ -54,6 +54,8 @@ def train(config: Config) -> None:
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     with start_world(config.run.device, config.run.timeout_s) as world:
         check_same_shards(inputs.shards, world)
+        if config.data.partitioned:
+            inputs = share_out(inputs, config, world)
         with claim_run_folder(config, world) as folder:
             start_logging(folder.path if world.is_main else None)
             if folder.is_finished:
@@ -90,7 +92,7 @@ class Run:
         self.tracker = Tracker(config.tracking, folder.path, world, parameters=config.flat())
         self.saver = Saver(folder.path, config, world, self.state)
         mines = config.mining.mode != "off"
-        self.miner = Miner(config, inputs.shards, inputs.split.train, world) if mines else None
+        self.miner = Miner(config, inputs.shards, self.plan, world) if mines else None
         self.replaced: list[str] = []
         """A line for each image of this rank that was replaced since the last logging step."""
         self.finite = FiniteWatch(world)
@@ -126,7 +128,7 @@ class Run:
             world_size=self.world.world_size,
             first_step=state.step,
             last_step=config.train.steps,
-            pin_memory=self.world.device.type == "cuda",
+            device=self.world.device,
         )
         with loader, StopRequest(self.world) as stop, Heartbeat(self.world) as heartbeat:
             while state.step < config.train.steps:
@@ -137,7 +139,7 @@ class Run:
                 self._mine_if_due()
                 heartbeat.step = state.step
                 self.clock.begin()
-                batch = next(loader).to(self.world.device)
+                batch = next(loader)
                 waited_s += loader.wait_s
                 self.replaced += batch.replaced
                 self._seed_random_layers()
@@ -223,7 +225,8 @@ class Run:
             "train/max_draws_of_an_identity": float(drawn.max()),
         }
         if self.config.data.on_bad_image == "skip":
-            figures["train/replaced_images"] = float(self._report_replaced())
+            figures["train/replaced_images"] = float(report_replaced(self.replaced, self.world))  # over all ranks
+            self.replaced = []
         self.tracker.metrics(self.state.step, figures)
         warning = self.collapse.warning(figures) if self.state.step > self.config.train.warmup_steps else None
         if warning:
@@ -233,14 +236,6 @@ class Run:
             f"  norm {math.sqrt(figures['train/squared_norm']):5.2f}  grad {figures['train/grad_norm']:7.3f}"
             f"  lr {rate:.2e}  {images_per_s:7.1f} images/s  wait {wait_s / step_s:5.1%}"
         )
-
-    def _report_replaced(self) -> int:
-        """Log the images that were replaced since the last logging step; returns their number over all ranks."""
-        lines = list(chain.from_iterable(self.world.all_gather_object(self.replaced)))  # of all ranks, on every rank
-        self.replaced = []
-        for line in sorted(set(lines)):
-            log.warning(line)
-        return len(lines)
 
     def _save(self, *, must: bool = False) -> None:
         self._stop_if_not_finite()  # a checkpoint is never of a network that is lost

@@ -15,8 +15,8 @@ from facetrain.data.pack import pack
 from facetrain.data.shards import INDEX_FILES, ShardSet
 
 
-def torchrun(server: ShardServer, tmp_path: Path, **more: object) -> list[dict[str, float]]:
-    """Train four steps on two ranks, and return the rows of metrics."""
+def torchrun(server: ShardServer, tmp_path: Path, num_ranks: int = 2, **more: object) -> list[dict[str, float]]:
+    """Train four steps, and return the rows of metrics."""
     settings = {
         "run.dir": tmp_path / "run",
         "data.shards": server.url,
@@ -29,7 +29,7 @@ def torchrun(server: ShardServer, tmp_path: Path, **more: object) -> list[dict[s
         "tracking.backend": "none",
     } | {key.replace("__", "."): value for key, value in more.items()}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     done = run(*launcher, "-m", "facetrain.train", *flags, cwd=tmp_path, timeout_s=240)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -68,3 +68,36 @@ def test_two_ranks_train_in_windows_of_shards(synthetic: Path, tmp_path: Path) -
     assert set(counts.values()) == {1}
     assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 18 * largest
     assert "2 virtual nodes with 12 to 12 shards each, 2 in a window" in (tmp_path / "run/logs/train.log").read_text()
+
+
+@pytest.mark.slow
+def test_mining_in_windows_is_the_same_for_any_ranks_and_counts_bad_images(synthetic: Path, tmp_path: Path) -> None:
+    """Every virtual node mines what its window holds; a quarter of the images can't be decoded."""
+    pack([synthetic / "faces" / "train"], tmp_path / "there", images_per_shard=12, workers=1)
+    damage(ShardSet.open(tmp_path / "there"), range(0, 192, 4))
+    settings = {
+        "data__window_shards": 3,
+        "data__virtual_nodes": 2,
+        "data__prefetch": 1,
+        "data__on_bad_image": "skip",
+        "model__norm": "group",
+        "train__global_pairs": 2,
+        "mining__mode": "quota",
+        "mining__virtual_nodes": 2,
+        "mining__candidates": 8,
+        "mining__warmup_steps": 0,
+        "mining__lag_steps": 1,
+        "mining__batches_per_round": 1,
+    }
+    found = {}
+    with serve(tmp_path / "there") as server:
+        for num_ranks in (1, 2):
+            folder = tmp_path / str(num_ranks)
+            folder.mkdir()
+            rows = torchrun(server, folder, num_ranks, **settings)
+            found[num_ranks] = [row for row in rows if "mining/hardness" in row]
+    assert [len(rounds) for rounds in found.values()] == [3, 3]  # before steps 0 to 2, for steps 1 to 3
+    for alone, shared in zip(found[1], found[2], strict=True):
+        assert alone["mining/replaced_images"] == shared["mining/replaced_images"] > 0
+        assert alone["mining/candidates"] == shared["mining/candidates"]
+    assert found[1][0]["mining/hardness"] == found[2][0]["mining/hardness"]

@@ -47,9 +47,13 @@ class DataConfig:
     batch from all shards."""
     virtual_nodes: int = 1
     """Parts of the shards with a window each, such as one for each node; a divisor of train.global_pairs."""
+    partitioned: bool = False
+    """Nodes hold different shards on disks of their own: each has the folder's other files and the tars of its part."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What an image that can't be decoded does: ends the run, or is counted, logged and replaced by another image of
     its identity."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where JPEGs are decoded and augmented: in the workers, or by nvJPEG on each rank's GPU, for which they read."""
     workers: int = 1
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 4
@@ -63,6 +67,13 @@ class DataConfig:
             at_least(f"data.{name}", getattr(self, name), 1)
         if self.window_shards is not None:
             self._check_window(self.window_shards)
+        if self.decode == "gpu" and self.on_bad_image != "error":
+            raise ValueError(
+                f"data.on_bad_image: expected 'error' with data.decode gpu, which decodes whole batches, got"
+                f" '{self.on_bad_image}'"
+            )
+        if self.partitioned:
+            self._check_partitioned()
         self._check_cache()
         at_least("data.min_images", self.min_images, 2)
         for name in ("crop_jitter_px", "holdout_identities", "workers"):
@@ -77,6 +88,16 @@ class DataConfig:
         if self.holdout_identities:
             raise ValueError(
                 "data.holdout_identities: expected 0 with data.window_shards, since held-out pairs lie in all shards,"
+                f" got {self.holdout_identities}; eval.images can judge the run"
+            )
+
+    def _check_partitioned(self) -> None:
+        if self.is_remote or self.window_shards is not None:
+            given = self.shards if self.is_remote else f"data.window_shards {self.window_shards}"
+            raise ValueError(f"data.partitioned: goes with shards in a folder of each node, got {given}")
+        if self.holdout_identities:
+            raise ValueError(
+                "data.holdout_identities: expected 0 with data.partitioned, since held-out pairs lie in all shards,"
                 f" got {self.holdout_identities}; eval.images can judge the run"
             )
 

@@ -53,6 +53,10 @@ class Config:
         if self.data.window_shards is not None:
             self._check_window()
         self._check_sampler()
+        if self.data.partitioned or self.data.window_shards is not None:
+            self._check_parts_are_mined()
+        if self.data.decode == "gpu" and self.run.device == "cpu":
+            raise ValueError("data.decode: 'gpu' needs a CUDA device, got run.device cpu; expected 'cpu' here")
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:
             raise ValueError(
@@ -66,10 +70,18 @@ class Config:
                 f"data.virtual_nodes: expected a divisor of train.global_pairs = {self.train.global_pairs}, got"
                 f" {self.data.virtual_nodes}"
             )
-        if self.mining.mode != "off":
+
+    def _check_parts_are_mined(self) -> None:
+        key = "partitioned" if self.data.partitioned else "window_shards"
+        if self.mining.mode not in ("off", "quota"):
             raise ValueError(
-                "mining.mode: expected 'off' with data.window_shards, since mined classes lie in all shards, got"
-                f" '{self.mining.mode}'"
+                f"mining.mode: expected 'off' or 'quota' with data.{key}, since a rank can't read all shards,"
+                f" got '{self.mining.mode}'"
+            )
+        if self.mining.mode == "quota" and self.mining.virtual_nodes % self.data.virtual_nodes:
+            raise ValueError(
+                f"mining.virtual_nodes: expected a multiple of data.virtual_nodes = {self.data.virtual_nodes}, got"
+                f" {self.mining.virtual_nodes}"
             )
 
     def _check_sampler(self) -> None:
@@ -85,8 +97,9 @@ class Config:
                 f"train.images_per_identity: expected 2 with mining.mode '{self.mining.mode}', which mines pairs, got"
                 f" {images}"
             )
-        if images > 2 and self.data.window_shards is not None:
-            raise ValueError(f"train.images_per_identity: expected 2 with data.window_shards, got {images}")
+        if images > 2 and (self.data.partitioned or self.data.window_shards is not None):
+            key = "partitioned" if self.data.partitioned else "window_shards"
+            raise ValueError(f"train.images_per_identity: expected 2 with data.{key}, got {images}")
 
     def _check_overlap(self) -> None:
         if self.model.norm == "batch" or self.model.name.startswith("torchvision:"):

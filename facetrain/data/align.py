@@ -144,9 +144,9 @@ class YunetDetector:
 
     def __call__(self, photograph: Image, name: str) -> Points | None:
         """Return the five points of the photograph's main face; None where there is none."""
-        scale = min(MAX_DETECTION_PX / max(photograph.shape[:2]), 1.0)
-        picture = photograph if scale == 1 else cv2.resize(photograph, None, None, scale, scale, cv2.INTER_AREA)
+        picture = _shrunk(photograph)
         height, width = picture.shape[:2]
+        scale = max(height, width) / max(photograph.shape[:2])
         self._network.setInputSize((width, height))
         _, faces = self._network.detect(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         if faces is None:
@@ -155,6 +155,19 @@ class YunetDetector:
         middle = faces[:, :2] + faces[:, 2:4] / 2 - np.array([width, height]) / 2
         main = faces[np.argmax(faces[:, 2] * faces[:, 3] - 2 * np.square(middle).sum(axis=1))]
         return main[4:14].reshape(5, 2).astype(np.float64) / scale  # type: ignore[no-any-return]
+
+
+def _shrunk(photograph: Image) -> Any:
+    """Bring the longer side to MAX_DETECTION_PX if it is longer.
+
+    By halves as far as they go, which average four pixels each in a tenth of the time that INTER_AREA takes for other
+    factors; what is left, a factor of less than two, by INTER_LINEAR. Points stay as near to published ones.
+    """
+    picture: Any = photograph
+    while max(picture.shape[:2]) >= 2 * MAX_DETECTION_PX:
+        picture = cv2.resize(picture, None, None, 0.5, 0.5, cv2.INTER_AREA)
+    scale = MAX_DETECTION_PX / max(picture.shape[:2])
+    return picture if scale >= 1 else cv2.resize(picture, None, None, scale, scale, cv2.INTER_LINEAR)
 
 
 def check_detector(file: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facetrain.config import DataConfig
-from facetrain.data.augment import Augmentation, adjust_colour, draw_augmentation
+from facetrain.data.augment import Augmentation, adjust_colour
 
 
 def decode_face(data: bytes, config: DataConfig, name: str) -> npt.NDArray[np.uint8]:
@@ -25,25 +25,25 @@ def decode_face(data: bytes, config: DataConfig, name: str) -> npt.NDArray[np.ui
     Raises:
         ValueError: The bytes are no image.
     """
-    return _cut(_decode(data, config, name), config, _UNCHANGED)
+    return _presented(_decode(data, config, name), config)
 
 
-def decode_augmented(data: bytes, config: DataConfig, seed: int, name: str) -> npt.NDArray[np.uint8]:
-    """Decode one face as training sees it: moved, mirrored and recoloured as its seed decides.
+def decode_augmented(
+    data: bytes, config: DataConfig, change: Augmentation, name: str, out: npt.NDArray[np.uint8]
+) -> None:
+    """Decode one face as training sees it: moved, mirrored and recoloured.
 
     Args:
         data: See `decode_face`.
-        config: As for `decode_face`, and mirror, crop_jitter_px and colour_jitter.
-        seed: From the plan, in [0, 2**32); see `draw_augmentation`.
+        config: As for `decode_face`.
+        change: What `draw_augmentations` drew for it; the default gives what `decode_face` does.
         name: How an error calls the image.
-
-    Returns:
-        uint8 [image_px, image_px, C]; equal to `decode_face` where all augmentation is off.
+        out: uint8 [image_px, image_px, C], where the face is written to: an image of a batch, without a copy between.
 
     Raises:
-        ValueError: The bytes are no image.
+        ValueError: The bytes are no image; `out` is untouched then.
     """
-    return _cut(_decode(data, config, name), config, draw_augmentation(seed, config))
+    _present(_decode(data, config, name), config, change, out)
 
 
 def decode_photograph(data: bytes, name: str) -> npt.NDArray[np.uint8]:
@@ -66,7 +66,7 @@ def present_face(face: npt.NDArray[np.uint8], config: DataConfig) -> npt.NDArray
         As `decode_face`.
     """
     image = face if config.colour == "rgb" else cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
-    return _cut(_resized(image, config.shard_px), config, _UNCHANGED)
+    return _presented(_resized(image, config.shard_px), config)
 
 
 def thumbnail(data: bytes, side_px: int, name: str) -> bytes:
@@ -103,17 +103,29 @@ def _read_image(data: bytes, flag: int, name: str) -> Any:
     return image
 
 
-def _cut(image: Any, config: DataConfig, change: Augmentation) -> npt.NDArray[np.uint8]:
-    """Take the crop window, bring it to image_px, and apply the rest of the change."""
+def _presented(image: Any, config: DataConfig) -> npt.NDArray[np.uint8]:
+    out = np.empty((config.image_px, config.image_px, config.channels), dtype=np.uint8)
+    _present(image, config, _UNCHANGED, out)
+    return out
+
+
+def _present(image: Any, config: DataConfig, change: Augmentation, out: Any) -> None:
+    """Take the crop window, bring it to image_px, and write it to `out` with the rest of the change."""
+    if image.ndim == 2:
+        out = out[:, :, 0]
     side = config.crop_px or config.shard_px
     corner = (config.shard_px - side) // 2
     image = _window(image, corner + change.shift_x_px, corner + change.shift_y_px, side)
     image = _resized(image, config.image_px)
+    recolours = change.brightness != 1 or change.contrast != 1
+    # Each step writes to `out` itself, so that no image is copied just to get there.
     if change.mirrored:
-        image = cv2.flip(image, 1)
-    if change.brightness != 1 or change.contrast != 1:
-        image = adjust_colour(image, change.brightness, change.contrast)
-    return image.reshape(config.image_px, config.image_px, config.channels)  # type: ignore[no-any-return]
+        cv2.flip(image, 1, out)
+        image = out
+    if recolours:
+        adjust_colour(image, change.brightness, change.contrast, out)
+    elif not change.mirrored:
+        out[:] = image
 
 
 def _window(image: Any, left: int, top: int, side: int) -> Any:

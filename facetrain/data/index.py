@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from facetrain.data.names import NameList
+
 BLOCK_BYTES = 512
 """A tar is a row of such blocks; headers and data start at their multiples."""
 
@@ -31,7 +33,7 @@ class ClassTable:
     Images are numbered over all shards, identity after identity (compressed sparse rows).
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     """Name of each identity."""
     first_image: npt.NDArray[np.int64]
     """[I + 1]; the images of identity i are first_image[i] to first_image[i + 1] - 1, at least one."""
@@ -42,7 +44,7 @@ class ClassTable:
             raise ValueError(
                 f"class table: expected {len(self.names) + 1} image bounds for its names, got {len(self.first_image)}"
             )
-        if self.first_image[0] != 0 or not bool((np.diff(self.first_image) > 0).all()):
+        if self.first_image[0] != 0 or not bool((self.first_image[1:] > self.first_image[:-1]).all()):
             raise ValueError("class table: expected image bounds that rise from 0, at least one image per identity")
 
     @property
@@ -61,21 +63,21 @@ class ClassTable:
 
     def save(self, folder: Path) -> None:
         """Write the table into a folder, names as one run of UTF-8 bytes."""
-        # No file system allows a NUL in a name, so it separates them.
-        text = np.frombuffer("\0".join(self.names).encode(), dtype=np.uint8)
-        save_array(folder / _NAMES_FILE, text)
+        save_array(folder / _NAMES_FILE, NameList.of(self.names).text)
         save_array(folder / _FIRST_IMAGE_FILE, np.asarray(self.first_image, dtype=np.int64))
 
     @classmethod
     def load(cls, folder: Path) -> "ClassTable":
-        """Read what `save` wrote; `first_image` is mapped into memory.
+        """Map what `save` wrote into memory.
 
         Raises:
             ValueError: A file is missing or isn't such a table.
         """
         text, first_image = load_array(folder / _NAMES_FILE), load_array(folder / _FIRST_IMAGE_FILE)
         try:
-            return cls(names=tuple(bytes(text).decode().split("\0")), first_image=first_image)
+            names = NameList(text)
+            names.check()  # they are decoded when they are asked for: damage is to show now
+            return cls(names=names, first_image=first_image)
         except ValueError as error:
             raise ValueError(f"{folder / _NAMES_FILE} or {_FIRST_IMAGE_FILE} beside it is damaged: {error}") from None
 

@@ -26,6 +26,7 @@ from facetrain.data.identity_lists import apply_lists
 from facetrain.data.index import ClassTable, load_array, save_array
 from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256, write_text
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
+from facetrain.data.places import group_sizes
 from facetrain.data.shards import IMAGES_FILE, INDEX_FILES, load_writer, sha256_of, sidecar_of
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.lock import hold_folder
@@ -227,7 +228,7 @@ def _merge(job: Job, records: Sequence[Record], fingerprint: str, left_out: Sequ
     counts = list(chain.from_iterable(record.num_images for record in records))
     names = tuple(chain.from_iterable(record.names for record in records))
     ClassTable(names=names, first_image=np.cumsum([0, *counts], dtype=np.int64)).save(out)
-    save_array(out / IMAGES_FILE, np.concatenate([load_array(sidecar_of(tar)) for tar in tars]))
+    save_array(out / IMAGES_FILE, group_sizes(np.concatenate([load_array(sidecar_of(tar))[:, 1] for tar in tars])))
     manifest = Manifest(
         format=FORMAT,
         packer=f"facetrain {facetrain.__version__}",

@@ -96,6 +96,13 @@ class Plan:
         """Return the shards that a rank needs for these steps, both included; empty: any of them."""
         return set()
 
+    def pools(self, first_step: int, last_step: int) -> list[Ints] | None:
+        """Return what mining may choose from for these steps, both included: [V], for each V-th of a batch's rows.
+
+        None: any identity, for any row.
+        """
+        return None
+
     def step(self, step: int) -> StepPlan:
         """Return the batch of any step, all ranks together."""
         labels_P = self._mined.get(step)

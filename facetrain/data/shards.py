@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ import numpy.typing as npt
 from facetrain.config import DataConfig
 from facetrain.data.cache import ShardCache
 from facetrain.data.cached import CachedSlices
-from facetrain.data.index import BLOCK_BYTES, TABLE_FILES, ClassTable, FileSlices, index_tar, load_array, row_of
+from facetrain.data.index import BLOCK_BYTES, TABLE_FILES, ClassTable, FileSlices, index_tar
 from facetrain.data.manifest import Manifest
+from facetrain.data.places import ImagePlaces
 from facetrain.data.remote import RemoteFolder
 
 log = logging.getLogger(__name__)
 
 IMAGES_FILE = "images.npy"
-"""uint32 [images, 2]: the sidecar indexes of all shards, one after another."""
+"""The places of all shards' images; see `ImagePlaces`."""
 INDEX_FILES = (*TABLE_FILES, IMAGES_FILE)
 """The files beside the manifest that a reader needs; the manifest has their checksum."""
 
@@ -50,17 +51,22 @@ class ShardSet:
     """Counts, sizes and checksums."""
     table: ClassTable
     """The identities and which images are theirs."""
-    _places: npt.NDArray[np.uint32]
+    places: ImagePlaces
+    """Where each image lies."""
+    held: tuple[int, ...]
+    """Numbers of the shards that can be read: all, unless the set was opened as a part of one."""
+    _may_lack: bool
     _tars: FileSlices
 
     @classmethod
-    def open(cls, folder: Path, cache: ShardCache | None = None) -> "ShardSet":
+    def open(cls, folder: Path, cache: ShardCache | None = None, *, may_lack: bool = False) -> "ShardSet":
         """Open a folder that `facetrain pack` made; checks files and sizes, reads no image.
 
         Args:
             folder: Holds manifest and index.
             cache: Where the shards are; those that are missing are fetched, all of them at once if they fit. None:
                 in the folder.
+            may_lack: The folder may lack shards, which are never read then; `held` says which it has.
 
         Raises:
             ValueError: The folder or a shard is missing, a shard is truncated, or an index doesn't match its tar; the
@@ -72,8 +78,9 @@ class ShardSet:
             tars = FileSlices([folder / shard.name for shard in manifest.shards])
         else:
             tars = CachedSlices(cache, manifest.shards, keep_open=is_whole)
-        places = load_array(folder / IMAGES_FILE)
-        shards = cls(folder, cache, manifest, ClassTable.load(folder), places, tars)
+        places = ImagePlaces.load(folder / IMAGES_FILE, [shard.images for shard in manifest.shards])
+        held = tuple(i for i, path in enumerate(tars.paths) if not may_lack or path.is_file())
+        shards = cls(folder, cache, manifest, ClassTable.load(folder), places, held, may_lack, tars)
         shards._check_counts()
         if cache is None:
             shards._check_sizes()
@@ -95,14 +102,17 @@ class ShardSet:
             IndexError: There is no such image.
             ValueError: The shard ends before the image does; the message names the shard.
         """
-        if not 0 <= image < len(self._places):
-            raise IndexError(f"image {image} of {self.place}, which holds {len(self._places)}")
-        first_block, size_bytes = self._places[image].tolist()
-        return self._tars.read(row_of(self._first_image, image), first_block * BLOCK_BYTES, size_bytes)
+        if not 0 <= image < self.places.num_images:
+            raise IndexError(f"image {image} of {self.place}, which holds {self.places.num_images}")
+        return self._tars.read(*self.places.locate(image))
+
+    def read_all(self, images: npt.NDArray[np.int64]) -> list[bytes]:
+        """Return the JPEGs of many images that there are; raises as `read`."""
+        return [self._tars.read(*place) for place in self.places.locate_all(images)]
 
     def where(self, image: int) -> str:
         """Return shard and member of an image, for messages."""
-        name = self.manifest.shards[row_of(self._first_image, image)].name
+        name = self.manifest.shards[self.places.shard_of(image)].name
         shard = self.folder / name if self.cache is None else self.cache.remote.shown(name)
         return f"{shard}: {self._member(image)}"
 
@@ -112,7 +122,7 @@ class ShardSet:
         Raises:
             ValueError: A shard differs from what was packed; the message names it.
         """
-        for info, first, path in zip(self.manifest.shards, self._first_image, self._tars.paths, strict=False):
+        for shard, (info, path) in enumerate(zip(self.manifest.shards, self._tars.paths, strict=True)):
             if self.cache is not None:
                 self.cache.fetch([info], progress=False)
             if sha256_of(path) != info.sha256:
@@ -120,17 +130,15 @@ class ShardSet:
                     f"{path}: its sha256 isn't that of the manifest; `facetrain pack`, run again, repairs it"
                 )
             labels, places = index_shard(path)
-            expected = [self.table.identity_of(image) for image in range(first, first + info.images)]
-            if labels != expected or not np.array_equal(places, self._places[first : first + info.images]):
+            images = self.places.images_of(shard)
+            found = [(self.table.identity_of(image), *self.places.locate(image)[1:]) for image in images]
+            offsets, sizes = (places * np.array([BLOCK_BYTES, 1])).T.tolist()
+            if found != list(zip(labels, offsets, sizes, strict=True)):
                 raise ValueError(f"{self.folder / IMAGES_FILE}: doesn't match {path}; run `facetrain pack` again")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapped array would be pickled as a copy of its content.
-        return ShardSet.open, (self.folder, self.cache)
-
-    @cached_property
-    def _first_image(self) -> list[int]:
-        return np.cumsum([0, *(shard.images for shard in self.manifest.shards)]).tolist()  # type: ignore[no-any-return]
+        return partial(ShardSet.open, may_lack=self._may_lack), (self.folder, self.cache)
 
     def _member(self, image: int) -> str:
         label = self.table.identity_of(image)
@@ -138,14 +146,12 @@ class ShardSet:
 
     def _check_counts(self) -> None:
         images, table = self.manifest.images, self.table
-        if self._places.shape != (images, 2) or (table.num_images, table.num_identities) != (
-            images,
-            self.manifest.identities,
-        ):
+        if (table.num_images, table.num_identities) != (images, self.manifest.identities):
             raise ValueError(f"{self.folder}: index and manifest differ in their counts; run `facetrain pack` again")
 
     def _check_sizes(self) -> None:
-        for info, path in zip(self.manifest.shards, self._tars.paths, strict=True):
+        for shard in self.held:
+            info, path = self.manifest.shards[shard], self._tars.paths[shard]
             found = path.stat().st_size if path.is_file() else None
             if found is None:
                 raise ValueError(f"{path}: shard is missing; `facetrain pack`, run again, repairs it")
@@ -154,15 +160,16 @@ class ShardSet:
                 raise ValueError(f"{path}: {kind}: expected {info.size_bytes} bytes, found {found}")
 
     def _check_headers(self) -> None:
-        for shard in range(len(self.manifest.shards)):
-            for image in {self._first_image[shard], self._first_image[shard + 1] - 1}:
-                self._check_header(shard, image)
+        for shard in self.held:
+            images = self.places.images_of(shard)
+            for image in {images[0], images[-1]}:
+                self._check_header(image)
 
-    def _check_header(self, shard: int, image: int) -> None:
+    def _check_header(self, image: int) -> None:
         """Compare an index entry with the tar's own header, which lies before the image."""
-        first_block, size_bytes = self._places[image].tolist()
+        shard, offset_bytes, size_bytes = self.places.locate(image)
         path, member = self._tars.paths[shard], self._member(image).encode()
-        header = self._tars.read(shard, (first_block - 1) * BLOCK_BYTES, BLOCK_BYTES) if first_block else b""
+        header = self._tars.read(shard, offset_bytes - BLOCK_BYTES, BLOCK_BYTES)
         if header[:100].rstrip(b"\0") != member or header[124:135] != b"%011o" % size_bytes:
             raise ValueError(f"{path}: doesn't match its index at {member.decode()}; run `facetrain pack` again")
 
@@ -174,7 +181,7 @@ def open_shards(config: DataConfig) -> ShardSet:
         ValueError: It can't be had, or isn't a folder of shards; the message names the file or URL.
     """
     if not config.is_remote:
-        return ShardSet.open(Path(config.shards))
+        return ShardSet.open(Path(config.shards), may_lack=config.partitioned)
     assert config.cache_dir is not None  # the config checks it
     remote = RemoteFolder(url=config.shards, timeout_s=config.fetch_timeout_s, attempts=config.fetch_attempts)
     windowed = config.window_shards is not None

@@ -72,8 +72,10 @@ def split_identities(
         ValueError: Fewer identities than `holdout` have two or more images, or the set has none of the names.
     """
     wanted = set(exclude)
-    is_excluded = np.fromiter((name in wanted for name in table.names), np.bool_, table.num_identities)
-    unknown = wanted.difference(table.names)
+    is_excluded, unknown = np.zeros(table.num_identities, dtype=np.bool_), wanted
+    if wanted:  # names of millions of identities are decoded only where one is asked for
+        is_excluded = np.fromiter((name in wanted for name in table.names), np.bool_, table.num_identities)
+        unknown = wanted.difference(table.names)
     if wanted and unknown == wanted:  # numbers instead of names, for one: people of a test would be trained on
         raise ValueError(
             f"data.exclude: the shards have none of these {len(wanted)} identities, such as {exclude[0]!r}; theirs are"

@@ -56,8 +56,7 @@ class WindowedPlan(Plan):
         """
         super().__init__(table, identities, global_pairs=global_pairs, seed=seed)
         self.pairs_per_node = global_pairs // virtual_nodes
-        bounds = np.searchsorted(self.identities_I, np.cumsum([shard.identities for shard in shards]))
-        members = np.split(self.identities_I, bounds[:-1])
+        members = identities_of_shards(self.identities_I, shards)
         owned = _deal([len(m) for m in members], virtual_nodes, seed)
         self._nodes = [
             _VirtualNode(
@@ -90,6 +89,27 @@ class WindowedPlan(Plan):
         nodes = self._nodes[rank * rows // n : -(-(rank + 1) * rows // n)]
         return {shard for node in nodes for shard in node.shards_of(first_step * n, (last_step + 1) * n)}
 
+    def pools(self, first_step: int, last_step: int) -> list[Ints]:
+        """Return, for each virtual node, the identities of the shards that are in its window in all of these steps."""
+        n = self.pairs_per_node
+        return [node.staying(first_step * n, (last_step + 1) * n) for node in self._nodes]
+
+    def room_bytes(self, shards: Sequence[ShardInfo], ranks: range, world_size: int, steps_ahead: int) -> int:
+        """Return the most bytes of shards that the rows of some ranks need at a time, over one pass.
+
+        Args:
+            shards: As for the plan.
+            ranks: Those that share a cache.
+            world_size: W.
+            steps_ahead: Steps that are prepared while one is trained.
+        """
+        most = 0
+        for step in range(self.steps_per_epoch):
+            first_step = max(0, step - steps_ahead)
+            needed = set().union(*(self.shards_between(first_step, step, rank, world_size) for rank in ranks))
+            most = max(most, sum(shards[number].size_bytes for number in needed))
+        return most
+
     def _random_labels(self, step: int) -> Ints:
         n = self.pairs_per_node
         return np.concatenate([node.draws(step * n, (step + 1) * n) for node in self._nodes])
@@ -116,6 +136,12 @@ class _VirtualNode:
         """Return the shards that give these draws, and the next one of the queue."""
         blocks = self._blocks_of(begin, end)
         return [self._shard(k) for k in range(blocks[0], blocks[-1] + self.window + 1)]
+
+    def staying(self, begin: int, end: int) -> Ints:
+        """Return the identities of the shards that every block of these draws takes from."""
+        blocks = self._blocks_of(begin, end)
+        shards = [self._shard(k) for k in range(blocks[-1], blocks[0] + self.window)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *(self.members[shard] for shard in sorted(shards))])
 
     def _blocks_of(self, begin: int, end: int) -> range:
         """Return the blocks in which draws begin to end - 1 lie."""
@@ -155,6 +181,12 @@ class _VirtualNode:
             head = [shard for shard in shuffled if shard not in recent][:away]
             self._queue += head + [shard for shard in shuffled if shard not in set(head)]
         return self._queue[position]
+
+
+def identities_of_shards(identities_I: Ints, shards: Sequence[ShardInfo]) -> list[Ints]:
+    """Return which of the identities, ascending rows of the class table, lie in each shard."""
+    bounds = np.searchsorted(identities_I, np.cumsum([shard.identities for shard in shards]))
+    return np.split(identities_I, bounds[:-1])
 
 
 def _deal(num_identities: Sequence[int], virtual_nodes: int, seed: int) -> list[list[int]]:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from facetrain.config import Config
-from facetrain.data.reading import FaceReader
+from facetrain.data.plan import Plan
+from facetrain.data.reading import FaceReader, report_replaced
 from facetrain.data.shards import ShardSet
 from facetrain.embed import embed_images
 from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.gathered import mine_round
 from facetrain.mining.mode import choose_mode
-from facetrain.mining.quota import mine_quota_round
+from facetrain.mining.quota import mine_quota_round, spread_identities
 from facetrain.mining.round import MinedRound, MiningSchedule
 from facetrain.mining.table import mine_table_round
 from facetrain.world import World
@@ -25,16 +26,19 @@ log = logging.getLogger(__name__)
 class Miner:
     """Mines the batches of coming steps, over all ranks."""
 
-    def __init__(self, config: Config, shards: ShardSet, identities: npt.NDArray[np.int64], world: World) -> None:
-        """Mine among `identities`, int64 [I], rows of the shards' class table that are trained on."""
-        self.config, self.shards, self.identities, self.world = config, shards, identities, world
+    def __init__(self, config: Config, shards: ShardSet, plan: Plan, world: World) -> None:
+        """Mine batches for the plan, among the identities that it trains on."""
+        self.config, self.shards, self.plan, self.world = config, shards, plan, world
+        self.identities = plan.identities_I
+        self.replaced: list[str] = []
+        """A line for each image that this rank embedded another for in the last round (`data.on_bad_image=skip`)."""
         self.schedule = MiningSchedule(config.mining)
-        self.mode = choose_mode(config.mining, num_identities=len(identities), num_pairs=config.train.global_pairs)
+        self.mode = choose_mode(config.mining, num_identities=len(self.identities), num_pairs=config.train.global_pairs)
         self.table: EmbeddingTable | None = None
         """What recent training steps have shown, in mode 'table': it belongs to the state of a run."""
         if self.mode.name == "table":
             dtype = getattr(torch, config.mining.table_dtype)
-            self.table = EmbeddingTable(identities, dtype=dtype, world=world)
+            self.table = EmbeddingTable(self.identities, dtype=dtype, world=world)
 
     def observe(self, step: int, labels_n: Tensor, embeddings_VnD: Tensor) -> None:
         """Learn from a step that was trained; every rank must call it. Only mode 'table' does."""
@@ -58,6 +62,9 @@ class Miner:
         if mined is None:
             return None
         s = mined.stats
+        if self.config.data.on_bad_image == "skip" and self.table is None:
+            s["mining/replaced_images"] = float(report_replaced(self.replaced, self.world))
+            self.replaced = []
         seconds = [f"  {part} {s[f'mining/{part}_s']:.1f} s" for part in _PARTS if f"mining/{part}_s" in s]
         recall = f"  recall {s['mining/recall']:.1%}" if s.get("mining/recall", 1.0) < 1 else ""
         log.info(
@@ -73,25 +80,42 @@ class Miner:
         num_pairs = self.config.train.global_pairs
         if self.table is not None:
             return mine_table_round(round_index, step, config, num_pairs=num_pairs, table=self.table, seed=seed)
-        by_quota = self.mode.name == "quota"
-        embedding_world = World(device=self.world.device) if by_quota else self.world
-        return (mine_quota_round if by_quota else mine_round)(
+        if self.mode.name == "quota":
+            return mine_quota_round(
+                round_index,
+                config,
+                num_pairs=num_pairs,
+                table=self.shards.table,
+                nodes=self._nodes(round_index, step),
+                embed=lambda image_idx: self._embed(backbone, image_idx, World(device=self.world.device)),
+                seed=seed,
+                world=self.world,
+            )
+        return mine_round(
             round_index,
             config,
             num_pairs=num_pairs,
             table=self.shards.table,
             identities=self.identities,
-            embed=lambda image_idx: self._embed(backbone, image_idx, embedding_world),
+            embed=lambda image_idx: self._embed(backbone, image_idx, self.world),
             seed=seed,
             world=self.world,
         )
+
+    def _nodes(self, round_index: int, step: int) -> list[npt.NDArray[np.int64]]:
+        """Deal what a round may choose from to the virtual nodes, those of a part of the shards to as many each."""
+        mining, seed = self.config.mining, self.config.run.seed
+        last_step = self.schedule.first_served_step(round_index) + mining.batches_per_round - 1
+        pools = self.plan.pools(step, last_step) or [self.identities]
+        nodes_of_a_pool = mining.virtual_nodes // len(pools)
+        return [node for pool in pools for node in spread_identities(pool, nodes_of_a_pool, seed)]
 
     def _embed(self, backbone: nn.Module, image_idx: npt.NDArray[np.int64], world: World) -> Tensor:
         """Embed images over the ranks of `world`: all of the run's, or this one alone."""
         reader = FaceReader(self.shards, self.config.data)
 
         def decode(i: int) -> npt.NDArray[np.uint8]:
-            return reader.face(int(image_idx[i]))
+            return reader.face(int(image_idx[i]), self.replaced)
 
         return embed_images(backbone, decode, len(image_idx), world=world, precision=self.config.train.precision)
 

@@ -31,8 +31,8 @@ class MiningMode:
 def choose_mode(config: MiningConfig, *, num_identities: int, num_pairs: int) -> MiningMode:
     """Resolve mode 'auto' by the number of trained identities.
 
-    It depends on where the shards are too, in principle: 'quota' is for shards of which each rank holds a part. Today
-    every rank reads all shards, so that 'auto' never chooses it; it is chosen by hand.
+    It never chooses 'quota', which is for shards of which each rank reads a part: data.window_shards and
+    data.partitioned refuse 'auto'.
     """
     name = config.mode
     reason = "mining.mode asks for it"

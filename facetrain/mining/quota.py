@@ -9,7 +9,7 @@ of a candidate (1 or 2: anchor, positive), B batches of a round, N identities of
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def mine_quota_round(
     *,
     num_pairs: int,
     table: ClassTable,
-    identities: NDArray[np.int64],
+    nodes: Sequence[NDArray[np.int64]],
     embed: Callable[[NDArray[np.int64]], Tensor],
     seed: int,
     world: World,
@@ -74,7 +74,7 @@ def mine_quota_round(
         config: Candidates, virtual nodes, batches and score.
         num_pairs: N.
         table: Which images an identity has.
-        identities: int64 [I]; the trained rows of the table, each with two images or more.
+        nodes: V times int64; the identities of each virtual node, trained rows of the table with two images or more.
         embed: Image indices -> float32 [len, D], by this rank alone; called once for each of its nodes.
         seed: The run's seed.
         world: The ranks that share the work.
@@ -84,8 +84,7 @@ def mine_quota_round(
             to a batch, or an embedding isn't finite.
     """
     num_nodes, quota = config.virtual_nodes, num_pairs // config.virtual_nodes
-    nodes = spread_identities(identities, num_nodes, seed)
-    num_candidates = min(config.candidates // num_nodes, len(nodes[-1]))
+    num_candidates = min(config.candidates // num_nodes, min(len(node) for node in nodes))
     _check_sizes(config, num_pairs, num_candidates, nodes, world)
     started_at = time.perf_counter()
     drawn = [
@@ -129,7 +128,7 @@ def mine_quota_round(
 
 
 def _check_sizes(
-    config: MiningConfig, num_pairs: int, num_candidates: int, nodes: list[NDArray[np.int64]], world: World
+    config: MiningConfig, num_pairs: int, num_candidates: int, nodes: Sequence[NDArray[np.int64]], world: World
 ) -> None:
     num_nodes, quota = len(nodes), num_pairs // len(nodes)
     if num_pairs % num_nodes or num_nodes % world.world_size:
@@ -144,7 +143,7 @@ def _check_sizes(
             f" {sum(len(node) for node in nodes)} trained identities)"
         )
     if config.max_appearances is not None:
-        check_appearances(config.max_appearances, config.batches_per_round, quota, len(nodes[-1]))
+        check_appearances(config.max_appearances, config.batches_per_round, quota, min(len(n) for n in nodes))
 
 
 def _mine_batch(
@@ -153,7 +152,7 @@ def _mine_batch(
     quota: int,
     candidates_C: NDArray[np.int64],
     embeddings_VCD: Tensor,
-    nodes: list[NDArray[np.int64]],
+    nodes: Sequence[NDArray[np.int64]],
 ) -> JudgedBatch:
     num_nodes, per_node = len(nodes), len(candidates_C) // len(nodes)
     num_random = num_random_classes(config, quota)

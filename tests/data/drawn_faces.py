@@ -8,6 +8,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from facetrain.config import DataConfig
+from facetrain.data.augment import draw_augmentations
+from facetrain.data.decode import decode_augmented
+
 
 def drawn_image(seed: int, height: int = 112, width: int = 112) -> npt.NDArray[np.uint8]:
     """A smooth random picture: compresses like a face, and no two are alike."""
@@ -17,6 +21,14 @@ def drawn_image(seed: int, height: int = 112, width: int = 112) -> npt.NDArray[n
 
 def encoded(image: npt.NDArray[np.uint8], suffix: str = ".jpg") -> bytes:
     return bytes(cv2.imencode(suffix, image)[1].tobytes())
+
+
+def augmented(data: bytes, config: DataConfig, seed: int, name: str = "a") -> npt.NDArray[np.uint8]:
+    """One face as training is given it."""
+    out = np.empty((config.image_px, config.image_px, config.channels), dtype=np.uint8)
+    (change,) = draw_augmentations(np.array([seed], dtype=np.uint32), config)
+    decode_augmented(data, config, change, name, out)
+    return out
 
 
 FaceFolder = Callable[[Mapping[str, int]], Path]

@@ -238,7 +238,7 @@ def test_missing_swapped_and_truncated_shards_are_named(packed: Path, tmp_path: 
 def test_manifest_and_index_are_checked_before_any_shard(packed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(packed, tmp_path / "there")
     places = np.load(folder / "images.npy")
-    places[5, 1] += 1
+    places["size_bytes"][0, 5] += 1
     np.save(folder / "images.npy", places)
     with serve(folder) as server:
         with pytest.raises(

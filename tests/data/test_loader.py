@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from drawn_faces import augmented
 
 from facetrain.config import DataConfig
-from facetrain.data.decode import decode_augmented, decode_face
+from facetrain.data.decode import decode_face
 from facetrain.data.loader import PairLoader
 from facetrain.data.pack import pack
 from facetrain.data.plan import Plan
@@ -76,7 +77,7 @@ def test_batch_holds_the_planned_images(shards):
         for pair in range(8):
             for view in range(2):
                 data = shards.read(step_plan.image_idx_N2[pair, view])
-                expected = decode_augmented(data, config, int(step_plan.augment_seeds_N2[pair, view]), "a")
+                expected = augmented(data, config, int(step_plan.augment_seeds_N2[pair, view]))
                 assert np.array_equal(batch.images_VnHWC[view, pair].numpy(), expected)
 
 

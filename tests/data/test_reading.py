@@ -1,6 +1,7 @@
 """What stands in for an image that can't be decoded."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from numbered_faces import SIDE_PX, damage, number_of, numbered_shards
 
 from facetrain.config import DataConfig
+from facetrain.data.augment import Augmentation
 from facetrain.data.loader import PairLoader
 from facetrain.data.plan import Plan
 from facetrain.data.reading import FaceReader
@@ -38,6 +40,12 @@ def numbers(shards: ShardSet) -> list[int]:
     return [int(number_of(reader.face(image))) for image in range(shards.table.num_images)]
 
 
+def pair_of(reader: FaceReader, images: Sequence[int]) -> tuple[np.ndarray, list[str]]:
+    out = np.empty((2, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    changes = (Augmentation(mirrored=True), Augmentation())
+    return out, reader.pairs(np.array([images]), changes, out[:, None])
+
+
 def test_the_next_image_of_the_identity_stands_in(shards: ShardSet) -> None:
     shows = numbers(shards)
     a, b, c, d = of_identity(shards, 4)
@@ -45,8 +53,8 @@ def test_the_next_image_of_the_identity_stands_in(shards: ShardSet) -> None:
     assert number_of(reader.face(a)) == shows[b]
     assert number_of(reader.face(c)) == shows[d]
     for asked, shown in (((a, b), (d, b)), ((a, d), (b, d)), ((a, c), (b, d)), ((c, a), (d, b)), ((c, d), (b, d))):
-        faces, replaced = reader.pair(asked, (1, 2))
-        assert number_of(np.stack(faces)).tolist() == [shows[image] for image in shown]
+        faces, replaced = pair_of(reader, asked)
+        assert number_of(faces).tolist() == [shows[image] for image in shown]
         places = [shards.where(image) for image in asked if image in (a, c)]
         assert [line.partition(": image")[0] for line in replaced] == places
         assert all(line.endswith(" stands in") for line in replaced)
@@ -57,8 +65,8 @@ def test_a_pair_without_a_third_image_shows_one_twice(shards: ShardSet) -> None:
     a, b = of_identity(shards, 2)
     reader = FaceReader(damage(shards, [a]), config_of())
     for asked in ((a, b), (b, a)):
-        faces, replaced = reader.pair(asked, (1, 2))
-        assert number_of(np.stack(faces)).tolist() == [shows[b]] * 2
+        faces, replaced = pair_of(reader, asked)
+        assert number_of(faces).tolist() == [shows[b]] * 2
         assert len(replaced) == 1
 
 
@@ -66,7 +74,7 @@ def test_an_identity_without_a_readable_image_is_named(shards: ShardSet) -> None
     images = of_identity(shards, 3)
     damaged = damage(shards, images)
     reader = FaceReader(damaged, config_of())
-    for read in (lambda: reader.face(images[1]), lambda: reader.pair(images[:2], (1, 2))):
+    for read in (lambda: reader.face(images[1]), lambda: pair_of(reader, images[:2])):
         with pytest.raises(
             ValueError, match=r"^[^\n]*\.tar: \d+_\d+\.jpg: image \d+: .*; nor can any other image of it"
         ):

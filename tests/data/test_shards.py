@@ -1,8 +1,10 @@
 """Shards as they lie on disk: what is checked, what is named, and who else can read them."""
 
 import json
+import mmap
 import multiprocessing
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 from drawn_faces import write_faces
 
-from facetrain.data.index import ClassTable, index_tar
+from facetrain.data.index import ClassTable, index_tar, save_array
 from facetrain.data.manifest import Manifest, PackSettings
+from facetrain.data.names import NameList
 from facetrain.data.pack import pack
+from facetrain.data.places import ImagePlaces, group_sizes
 from facetrain.data.shards import ShardSet, index_shard, sidecar_of
 
 COUNTS = {f"person {i}": 1 + i % 4 for i in range(12)}
@@ -140,19 +144,96 @@ def test_shard_that_shrinks_while_open_is_named(copied: Path) -> None:
 
 
 def test_index_that_does_not_match_its_tar_is_named(copied: Path) -> None:
-    places = np.load(copied / "images.npy")
-    np.save(copied / "images.npy", places + np.array([1, 0], dtype=np.uint32))
+    groups = np.load(copied / "images.npy")
+    longer = groups.copy()
+    longer["size_bytes"][0, 0] += 1
+    np.save(copied / "images.npy", longer)
     with pytest.raises(ValueError, match=r"shard-000000\.tar: doesn't match its index at 0000000_0000\.jpg"):
         ShardSet.open(copied)
-    np.save(copied / "images.npy", places[:-1])
-    with pytest.raises(ValueError, match="index and manifest differ"):
-        ShardSet.open(copied)
+    fewer = groups.copy()
+    fewer["size_bytes"][-1, 30 % 16 - 1] = 0
+    for other in (groups[:-1], groups[[0, 1, 1]], fewer):
+        np.save(copied / "images.npy", other)
+        with pytest.raises(ValueError, match=r"images\.npy: index and manifest differ: expected the places of 30 im"):
+            ShardSet.open(copied)
+    for other in (np.zeros(3), groups[:0], groups["first_block"]):
+        np.save(copied / "images.npy", other)
+        with pytest.raises(ValueError, match=r"images\.npy: damaged index file"):
+            ShardSet.open(copied)
     (copied / "images.npy").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"images\.npy: damaged index file"):
         ShardSet.open(copied)
     (copied / "images.npy").unlink()
     with pytest.raises(ValueError, match=r"images\.npy: index file is missing"):
         ShardSet.open(copied)
+
+
+def test_an_index_of_an_earlier_version_is_read(packed: Path, copied: Path) -> None:
+    """It held the first block and the length of each image."""
+    places = [index_shard(shard)[1] for shard in sorted(copied.glob("*.tar"))]
+    np.save(copied / "images.npy", np.concatenate(places))
+    earlier, shards = ShardSet.open(copied), ShardSet.open(packed / "shards")
+    assert [earlier.read(image) for image in range(30)] == [shards.read(image) for image in range(30)]
+
+
+@pytest.mark.parametrize("longest", [1 << 10, 1 << 18])
+def test_places_are_those_of_counted_blocks(longest: int) -> None:
+    """Lengths of whole blocks and one byte more or less, in shards that end anywhere in a row of the index."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, longest, 150)
+    sizes[::3] = 512 * rng.integers(1, longest // 512, 50) + rng.integers(-1, 2, 50)
+    images = [1, 15, 16, 17, 60, 40, 1]
+    groups = group_sizes(sizes)
+    assert groups.dtype["size_bytes"].base == (np.uint16 if longest < 1 << 16 else np.uint32)
+    places = ImagePlaces(groups, images)
+    image = 0
+    for shard, count in enumerate(images):
+        assert places.images_of(shard) == range(image, image + count)
+        at = 0
+        for _ in range(count):
+            assert places.locate(image) == (shard, at + 512, sizes[image])
+            assert places.shard_of(image) == shard
+            at, image = at + 512 + 512 * -(-int(sizes[image]) // 512), image + 1
+    assert np.array_equal(places.size_bytes(), sizes)
+    order = rng.permutation(150)
+    assert places.locate_all(order) == [places.locate(image) for image in order.tolist()]
+
+
+@pytest.mark.slow
+def test_the_index_of_41_million_images_takes_less_than_200_megabytes(tmp_path: Path) -> None:
+    """Of 2 million identities, in bytes on disk, which are mapped and nothing else; benchmarks/index.py takes times."""
+    identities, images = 2_000_000, 41_000_000
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(3000, 12_000, images, dtype=np.uint16)
+    save_array(tmp_path / "images.npy", group_sizes(sizes))
+    first_image = np.linspace(0, images, identities + 1).astype(np.int64)
+    ClassTable(names=[f"m.{i:07x}" for i in range(identities)], first_image=first_image).save(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 140e6
+    places = ImagePlaces.load(tmp_path / "images.npy", [10_000] * 4100)
+    table = ClassTable.load(tmp_path)
+    for array in (places._first_block, places._sizes, table.first_image, table.names.text):
+        while isinstance(array.base, np.ndarray) and not isinstance(array, np.memmap):
+            array = array.base
+        assert isinstance(array.base, mmap.mmap) or isinstance(array, np.memmap)
+    assert table.names[1_999_999] == "m.01e847f"
+    drawn = rng.integers(0, images, 20)
+    blocks = (sizes.astype(np.int64) + 1023) // 512
+    for image, place in zip(drawn.tolist(), places.locate_all(drawn), strict=True):
+        shard = image // 10_000
+        assert place == (shard, 512 * (int(blocks[10_000 * shard : image].sum()) + 1), sizes[image])
+
+
+def test_names_are_decoded_one_at_a_time() -> None:
+    names = ("", "Zoë", "a\nb", "", "李", "")
+    found = NameList.of(names)
+    assert [found[i] for i in range(-6, 6)] == [*names, *names]
+    assert found[1:5:2] == ["Zoë", ""]
+    assert found == names
+    assert found != names[1:]
+    assert "李" in found
+    assert NameList.of(("one",))[0] == "one"
+    with pytest.raises(IndexError):
+        found[6]
 
 
 def test_swapped_shards_are_noticed(copied: Path) -> None:
@@ -181,6 +262,11 @@ def test_manifest_of_another_kind_is_refused(copied: Path) -> None:
     path.write_text(json.dumps(content | {"format": 2}))
     with pytest.raises(ValueError, match=r"manifest\.json: expected shard format 1, got 2"):
         ShardSet.open(copied)
+    first = content["shards"][0]
+    for key, value in (("name", "../a.tar"), ("sha256", "../../a"), ("sha256", "0" * 63)):
+        path.write_text(json.dumps(content | {"shards": [first | {key: value}, *content["shards"][1:]]}))
+        with pytest.raises(ValueError, match=rf"can't be read: [^\n]*got '{re.escape(value)}'$"):
+            ShardSet.open(copied)
     for damaged in ("{", "[]", '{"format": 1}', json.dumps(content | {"colour": 1})):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"manifest\.json: expected a manifest of facetrain shards"):

@@ -13,8 +13,10 @@ from facetrain.config import Config, DataConfig, MiningConfig, TrainConfig
 from facetrain.data.index import ClassTable
 from facetrain.data.loader import PairLoader
 from facetrain.data.manifest import ShardInfo
+from facetrain.data.pack import pack
 from facetrain.data.shards import ShardSet, open_shards
 from facetrain.data.window import WindowedPlan
+from facetrain.inputs import Inputs, open_inputs
 
 # V, M, N and the identities of each shard.
 CASES = {
@@ -148,7 +150,7 @@ def test_windows_that_do_not_fit_are_refused(virtual_nodes, window_shards, sizes
     ("data", "mining", "message"),
     [
         ({"virtual_nodes": 3}, "off", r"data\.virtual_nodes: expected a divisor of train\.global_pairs = 8, got 3"),
-        ({}, "gathered", r"mining\.mode: expected 'off' with data\.window_shards"),
+        ({}, "gathered", r"mining\.mode: expected 'off' or 'quota' with data\.window_shards"),
         ({"holdout_identities": 20}, "off", r"data\.holdout_identities: expected 0 with data\.window_shards"),
     ],
 )
@@ -159,6 +161,65 @@ def test_settings_that_need_all_shards_are_refused(data: dict, mining: str, mess
             train=TrainConfig(global_pairs=8),
             mining=MiningConfig(mode=mining, candidates=8),  # type: ignore[arg-type]
         )
+
+
+@each_case
+def test_what_may_be_mined_stays_in_the_window_from_the_round_to_its_last_batch(case: str) -> None:
+    virtual_nodes, _, _, sizes = CASES[case]
+    plan = plan_of(case)
+    found = 0
+    for step in range(0, 2 * plan.steps_per_epoch, 3):
+        pools = plan.pools(step, step + 1)
+        assert len(pools) == virtual_nodes
+        held = [plan.shards_between(s, s, v, virtual_nodes) for v in range(virtual_nodes) for s in (step, step + 1)]
+        for v, pool in enumerate(pools):
+            shards = set(shard_of(case, pool).tolist())
+            assert shards <= held[2 * v] & held[2 * v + 1]
+            assert len(pool) == sum(sizes[shard] for shard in shards)
+            assert np.array_equal(pool, np.unique(pool))
+            found += len(pool)
+    assert found or case in ("one-shard-windows", "batch-of-many-blocks")
+    assert len(plan.pools(0, 10 * plan.steps_per_epoch)[0]) == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_room_is_what_the_ranks_of_a_machine_need_at_once(world_size: int) -> None:
+    plan = plan_of("many-nodes")
+    shards = [ShardInfo(name="", size_bytes=10 + i, sha256="", images=3, identities=1) for i in range(128)]
+    most = 0
+    for step in range(plan.steps_per_epoch):
+        needed = set().union(*(plan.shards_between(max(0, step - 3), step, r, 4) for r in range(world_size)))
+        most = max(most, sum(10 + shard for shard in needed))
+    assert plan.room_bytes(shards, range(world_size), 4, 3) == most
+
+
+def test_a_cache_without_room_for_the_windows_is_refused_at_the_start(synthetic: Path, tmp_path: Path) -> None:
+    manifest = pack([synthetic / "faces" / "train"], tmp_path / "shards", images_per_shard=8, workers=1)
+    data = {"window_shards": 2, "virtual_nodes": 2, "workers": 1, "prefetch": 1, "image_px": 32}
+
+    def opened(**changes: object) -> Inputs:
+        mining = MiningConfig(**{"mode": "off"} | {k: v for k, v in changes.items() if k not in ("cache_bytes",)})
+        cache_bytes = changes.get("cache_bytes", manifest.size_bytes)
+        with serve(tmp_path / "shards") as server:
+            config = Config(
+                data=DataConfig(shards=server.url, cache_dir=str(tmp_path / "cache"), cache_bytes=cache_bytes, **data),
+                train=TrainConfig(global_pairs=8, steps=100),
+                mining=mining,
+            )
+            return open_inputs(config, world_size=1)
+
+    room = opened().plan.room_bytes(manifest.shards, range(1), 1, 1)
+    assert opened(cache_bytes=room).plan.pairs_per_node == 4
+    message = (
+        rf"^data\.cache_bytes: expected at least the {room} bytes of the windows of ranks 0 to 0 on this machine, got"
+    )
+    with pytest.raises(ValueError, match=message):
+        opened(cache_bytes=room - 1)
+    quota = {"mode": "quota", "virtual_nodes": 2, "candidates": 8, "warmup_steps": 0, "lag_steps": 1}
+    with pytest.raises(
+        ValueError, match=r"^mining\.batches_per_round: expected rounds during which .* got 0 from step 0 "
+    ):
+        opened(**quota, batches_per_round=10)
 
 
 def bytes_in(cache: Path) -> int:

@@ -21,7 +21,7 @@ from facetrain.estimate.network import measure_network
 from facetrain.losses.npair import NPairLoss
 from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.gathered import mine_round
-from facetrain.mining.quota import mine_quota_round
+from facetrain.mining.quota import mine_quota_round, spread_identities
 from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.step import train_step
 from facetrain.world import World
@@ -142,16 +142,12 @@ def traffic_of_a_round(world, config):
         return embed_images(backbone, lambda i: image, len(image_idx), world=embedding_world, precision="float32")
 
     with Traffic() as traffic:
-        (mine_quota_round if by_quota else mine_round)(
-            0,
-            config.mining,
-            num_pairs=PAIRS,
-            table=table,
-            identities=np.arange(CANDIDATES),
-            embed=embed,
-            seed=0,
-            world=world,
-        )
+        shared = {"num_pairs": PAIRS, "table": table, "embed": embed, "seed": 0, "world": world}
+        if by_quota:
+            nodes = spread_identities(np.arange(CANDIDATES), config.mining.virtual_nodes, 0)
+            mine_quota_round(0, config.mining, nodes=nodes, **shared)
+        else:
+            mine_round(0, config.mining, identities=np.arange(CANDIDATES), **shared)
     return [call for call in traffic.calls if call[1] > 0]  # capped pairs, of which there are none
 
 

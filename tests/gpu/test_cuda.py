@@ -7,6 +7,10 @@ import pytest
 import torch
 from commands import facetrain
 
+from facetrain.config import DataConfig
+from facetrain.data.loader import PairLoader
+from facetrain.data.plan import Plan
+from facetrain.data.shards import ShardSet
 from facetrain.losses.logit_tiles import one_vs_all, sum_of_rows
 from facetrain.mining.greedy import greedy_classes
 
@@ -23,6 +27,29 @@ def test_a_run_trains_mines_and_evaluates_on_the_device(synthetic, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "on cuda:0" in done.stderr
     assert "heldout" in json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_copied_beside_computation_are_the_cpus(synthetic, workers):
+    """The device is kept busy, so that batches overtake each other if a copy isn't waited for or its memory reused."""
+    shards = ShardSet.open(synthetic / "shards")
+    plan = Plan(shards.table, np.arange(48), global_pairs=16, seed=0)
+    config = DataConfig(image_px=32, workers=workers, prefetch=2, crop_jitter_px=3)
+    ranks = {"rank": 0, "world_size": 1, "first_step": 0, "last_step": 30}
+    with PairLoader(plan, shards, config, **ranks) as loader:
+        expected = list(loader)
+    busy, sums = torch.randn(2000, 2000, device="cuda"), []
+    with PairLoader(plan, shards, config, device=torch.device("cuda"), **ranks) as loader:
+        for batch in loader:
+            assert batch.images_VnHWC.is_cuda
+            for _ in range(5):
+                busy = torch.nn.functional.normalize(busy @ busy)
+            weights = torch.arange(batch.images_VnHWC.numel(), device="cuda") % 251
+            sums.append(((batch.images_VnHWC.flatten().long() * weights).sum(), batch.labels_n.sum()))
+    for batch, (images, labels) in zip(expected, sums, strict=True):
+        weights = torch.arange(batch.images_VnHWC.numel()) % 251
+        assert images.item() == (batch.images_VnHWC.flatten().long() * weights).sum()
+        assert labels.item() == batch.labels_n.sum()
 
 
 def test_loss_and_gradient_on_the_device_equal_the_cpus():

@@ -29,7 +29,7 @@ def mine(
         config,
         num_pairs=PAIRS,
         table=table,
-        identities=IDENTITIES,
+        nodes=spread_identities(IDENTITIES, config.virtual_nodes, SEED),
         embed=embed or (lambda images: faces[torch.from_numpy(images)]),
         seed=SEED,
         world=world or World(),
