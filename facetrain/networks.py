@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from facetrain.config import DataConfig
 from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
 from facetrain.data.decode import decode_face, present_face
 from facetrain.data.sources import FaceSource, open_faces
-from facetrain.embed import embed_images
+from facetrain.embed import BATCH_IMAGES, embed_images
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
 from facetrain.world import World
@@ -62,30 +62,52 @@ def open_network(file: Path, onnx: OnnxInput) -> Network:
         backbone, config = load_backbone(file)
         return Network(file, backbone, config.data, config.train.precision)
     network = OnnxBackbone(file, onnx)
-    data = DataConfig(image_px=network.image_px, colour="rgb" if network.channels == 3 else "grey")
-    return Network(file, network, data, "float32")
+    return Network(file, network, network.data, "float32")
+
+
+class Images(Protocol):
+    """Images by name, such as a `FaceSource`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each image."""
+
+    def read(self, image: int) -> bytes:
+        """Return an image's file."""
+
+
+ImagesT = TypeVar("ImagesT", bound=Images)
+
+
+def open_aligner(options: EmbedOptions) -> FaceAligner | None:
+    """Return what aligns photographs; None where images are taken as aligned.
+
+    Raises:
+        ValueError: The list of points or the detector can't be used; the message names it.
+    """
+    find: FindPoints | None = None
+    if options.landmarks:
+        find = points_from_file(options.landmarks)
+    elif options.detector:
+        find = YunetDetector(options.detector)
+    return FaceAligner(find) if find else None
 
 
 @dataclass(frozen=True)
-class Photographs:
+class Photographs(Generic[ImagesT]):
     """Images to embed, aligned on the way where asked for."""
 
-    faces: FaceSource
+    faces: ImagesT
     aligner: FaceAligner | None
 
-    @classmethod
-    def open(cls, images: Sequence[Path], options: EmbedOptions) -> "Photographs":
-        """Open folders or tars.
+    @staticmethod
+    def open(images: Sequence[Path], options: EmbedOptions) -> "Photographs[FaceSource]":
+        """Open folders or tars of known people.
 
         Raises:
             ValueError: An image source, the list of points or the detector can't be used; the message names it.
         """
-        find: FindPoints | None = None
-        if options.landmarks:
-            find = points_from_file(options.landmarks)
-        elif options.detector:
-            find = YunetDetector(options.detector)
-        return cls(open_faces(images), FaceAligner(find) if find else None)
+        return Photographs(open_faces(images), open_aligner(options))
 
     def decode(self, image: int, data: DataConfig) -> NDArray[np.uint8]:
         """Return what a network of that preprocessing sees of an image, uint8 [image_px, image_px, channels]."""
@@ -103,11 +125,19 @@ class Photographs:
 
 
 def embed_all(
-    networks: Sequence[Network], decode: Decode, names: Sequence[str], options: EmbedOptions, world: World
+    networks: Sequence[Network],
+    decode: Decode,
+    names: Sequence[str],
+    options: EmbedOptions,
+    world: World,
+    *,
+    batch_images: int = BATCH_IMAGES,
+    progress: str | None = "embed",
 ) -> NDArray[np.float32]:
     """Embed images with each network over all ranks; float32 [n, sum of D], the same on every rank.
 
-    Of several networks each gets the same say: its part is of unit length.
+    Of several networks each gets the same say: its part is of unit length. `progress` is the label of the bar;
+    None shows none.
 
     Raises:
         ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite.
@@ -121,7 +151,8 @@ def embed_all(
             world=world,
             precision=network.precision,
             mirror=options.mirror,
-            progress="embed",
+            batch_images=batch_images,
+            progress=progress,
         )
         parts.append(embeddings.cpu().numpy())
     if len(parts) == 1:
