@@ -8,7 +8,7 @@ from facetrain.command_line import say, user_errors
 from facetrain.commands.cluster import doctor, launch
 from facetrain.commands.data import audit, inspect, pack, synth
 from facetrain.commands.evaluation import compare, lfw
-from facetrain.commands.people import embed, export
+from facetrain.commands.people import embed, export, index, search
 from facetrain.commands.retrieval import retrieval
 from facetrain.commands.training import check, estimate, sync, train
 
@@ -16,7 +16,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     command.__name__: command
     for command in (
         *(synth, pack, inspect, audit, train, check, estimate, doctor, launch, sync, lfw, compare, retrieval),
-        *(embed, export),
+        *(embed, export, index, search),
     )
 }
 

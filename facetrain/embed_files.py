@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from facetrain.checkpoint.weights import weights_file
 from facetrain.command_line import say
-from facetrain.config import DataConfig, RunConfig
+from facetrain.config import RunConfig
 from facetrain.data.embeddings_parquet import check_parquet, write_embeddings_parquet
 from facetrain.data.images import ImageSet, open_images
 from facetrain.data.index import part_of
 from facetrain.data.manifest import combined_sha256, write_text
 from facetrain.embed import fitting_batch
+from facetrain.evaluation.inputs import unit_vectors
 from facetrain.lock import hold_folder
-from facetrain.networks import EmbedOptions, Network, Photographs, embed_all, open_aligner, open_network
+from facetrain.networks import EmbedOptions, Network, Photographs, embed_readable, open_aligner, open_network
 from facetrain.world import World, start_world
 
 PART_IMAGES = 8192
@@ -104,8 +105,6 @@ class _Job:
     photographs: Photographs[ImageSet]
     options: EmbedOptions
     world: World
-    unreadable: dict[int, str] = field(default_factory=dict)
-    """Of the part at hand: why an image of this rank can't be read."""
 
     def embed(self, parts: Path) -> None:
         """Write the parts that aren't there yet."""
@@ -123,23 +122,15 @@ class _Job:
                 self._embed_part(images, _part_file(parts, part), batch, f"embed {part + 1}/{len(starts)}")
 
     def _embed_part(self, images: range, file: Path, batch_images: int, label: str) -> None:
-        self.unreadable.clear()
-        names = self.photographs.faces.names[images.start : images.stop]
-
-        def decode(row: int, data: DataConfig) -> NDArray[np.uint8]:
-            try:
-                return self.photographs.decode(images[row], data)
-            except ValueError as error:
-                self.unreadable[images[row]] = str(error)
-                return np.zeros((data.image_px, data.image_px, data.channels), np.uint8)
-
-        embeddings = embed_all(
-            [self.network], decode, names, self.options, self.world, batch_images=batch_images, progress=label
+        embeddings, unreadable = embed_readable(
+            self.network,
+            self.photographs,
+            images,
+            self.options,
+            self.world,
+            batch_images=batch_images,
+            progress=label,
         )
-        # Over all ranks: rank 0 ends with what each of them couldn't read.
-        unreadable = {
-            image: why for some in self.world.all_gather_object(self.unreadable) for image, why in some.items()
-        }
         not_aligned = self.photographs.not_aligned(self.world) or ()
         self.world.on_main(lambda: _write_part(file, embeddings, unreadable, not_aligned))
 
@@ -170,20 +161,22 @@ def _join(parts: Path, images: ImageSet, out: Path, *, has_aligner: bool) -> Non
             blocks.append(content["embeddings"])
             why |= dict(zip(content["unreadable"].tolist(), content["why"].tolist(), strict=True))
             not_aligned |= set(content["not_aligned"].tolist())
-    embeddings = np.concatenate(blocks)
-    norms = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
-    for image in np.flatnonzero(~np.isfinite(norms) | (norms == 0)).tolist():
-        why.setdefault(image, "the network embeds it as zero, or not finite")
-    _list_unreadable(out.with_name(f"{out.name}.unreadable.txt"), images.names, why)
+    list_unreadable(out.with_name(f"{out.name}.unreadable.txt"), images.names, why)
     kept = [image for image in range(len(images.names)) if image not in why]
     names = [images.names[image] for image in kept]
-    _write_embeddings(out, names, (embeddings[kept] / norms[kept, None]).astype(np.float32))
+    embeddings = unit_vectors(names, np.concatenate(blocks)[kept])
+    _write_embeddings(out, names, embeddings)
     shutil.rmtree(parts)
     missed = f"; faces not found, centre taken instead: {len(not_aligned):,}" if has_aligner else ""
     say(f"{out}: {len(names):,} embeddings of {embeddings.shape[1]} numbers{missed}")
 
 
-def _list_unreadable(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
+def list_unreadable(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
+    """Write name and reason of each image that can't be read, a line each; no file where all can.
+
+    Raises:
+        ValueError: None can be read.
+    """
     file.unlink(missing_ok=True)
     if not why:
         return

@@ -6,7 +6,6 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from facetrain.config import DataConfig
@@ -36,12 +35,10 @@ def load(
         ValueError: The weights or the detector can't be used, or cuda was asked for and there is none.
         FileNotFoundError: There is no such run.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: 'cuda' was asked for, but torch sees no CUDA device")
-    on_cuda = device != "cpu" and torch.cuda.is_available()
+    world = World.alone(device)
     network = open_network(Path(run), OnnxInput())
     aligner = open_aligner(EmbedOptions(detector=Path(detector) if detector else None))
-    return Embedder(network, aligner, World(device=torch.device("cuda" if on_cuda else "cpu")))
+    return Embedder(network, aligner, world)
 
 
 @dataclass(frozen=True)

@@ -165,5 +165,40 @@ def embed_all(
     return np.concatenate(parts, axis=1)
 
 
+def embed_readable(
+    network: Network,
+    photographs: Photographs[ImagesT],
+    images: Sequence[int],
+    options: EmbedOptions,
+    world: World,
+    *,
+    batch_images: int = BATCH_IMAGES,
+    progress: str = "embed",
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Embed some of the images over all ranks, whether or not each can be read.
+
+    Returns:
+        float32 [n, D], not normalised, on every rank; and why an image can't be used, by its number, whose row means
+        nothing: it can't be read, or its embedding is zero or not finite.
+    """
+    unreadable: dict[int, str] = {}
+
+    def decode(row: int, data: DataConfig) -> NDArray[np.uint8]:
+        try:
+            return photographs.decode(images[row], data)
+        except ValueError as error:
+            unreadable[images[row]] = str(error)
+            return np.zeros((data.image_px, data.image_px, data.channels), np.uint8)
+
+    names = [photographs.faces.names[image] for image in images]
+    embeddings = embed_all([network], decode, names, options, world, batch_images=batch_images, progress=progress)
+    # Over all ranks: each ends with what any of them couldn't read.
+    unreadable = {image: why for some in world.all_gather_object(unreadable) for image, why in some.items()}
+    norms = np.square(embeddings, dtype=np.float64).sum(axis=1)
+    for row in np.flatnonzero(~np.isfinite(norms) | (norms == 0)).tolist():
+        unreadable.setdefault(images[row], f"{names[row]}: the network embeds it as zero, or not finite")
+    return embeddings, unreadable
+
+
 def _seen_by(network: Network, decode: Decode) -> Callable[[int], NDArray[np.uint8]]:
     return lambda image: decode(image, network.data)

@@ -23,6 +23,7 @@ from facetrain.data.loader import PairLoader
 from facetrain.data.plan import count_draws, pairs_per_rank
 from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
+from facetrain.evaluation.model_card import write_model_card
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.inputs import Inputs, check_same_shards, open_inputs
 from facetrain.masking import mask_secrets
@@ -31,6 +32,7 @@ from facetrain.models import build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
 from facetrain.tracking import Tracker
+from facetrain.tracking.environment import git_commit
 from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.watch.heartbeat import Heartbeat
 from facetrain.watch.stop import StopRequest
@@ -38,6 +40,9 @@ from facetrain.watch.stragglers import StepClock, TimedLoss
 from facetrain.world import World, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
+
+_TRACKED_FILES = ("config.yaml", "results.json", "report.html", "figures", "model_card.md", "model.safetensors")
+"""What MLflow gets of a finished run, of its folder; of the weights, a model."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,7 +82,8 @@ class Run:
         )
         if folder.resume_from is not None:
             load_optimizer(folder.resume_from, self.engine)
-        self.tracker = Tracker(config.tracking, folder.path, world, parameters=config.flat())
+        parameters = config.flat() | {"data.manifest_sha256": inputs.shards.manifest.sha256}
+        self.tracker = Tracker(config.tracking, folder.path, world, parameters=parameters)
         self.saver = Saver(folder.path, config, world, self.state)
         mines = config.mining.mode != "off"
         self.miner = Miner(config, inputs.shards, inputs.split.train, world) if mines else None
@@ -288,8 +294,10 @@ class Run:
             if judgement.evaluation is not None:
                 sys.stdout.write(format_table(judgement.evaluation))
                 write_report(judgement.evaluation, path, subject=str(path), read_picture=self.judge.read_picture)
+            card = write_model_card(path, self.config, self.inputs.shards.manifest, judgement.results(), git_commit())
+            self.tracker.describe(card)
             write_results(judgement.results(), path)
-            self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "report.html", path / "figures")
+            self.tracker.artifacts(*(path / name for name in _TRACKED_FILES))
             if state.best_step >= 0:
                 best = checkpoint_folder(path, state.best_step)
                 log.info(f"best      {best}  {self.config.eval.best_metric} {state.best_value:.2%}")

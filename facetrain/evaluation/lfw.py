@@ -18,7 +18,7 @@ from facetrain.evaluation.identification import ClosedSet, Embeddings, OpenSet
 from facetrain.evaluation.inputs import FaceSet, PairList, image_name, unit_vectors
 from facetrain.evaluation.lists import LFW_PEOPLE, Lists, Request, read_lists
 from facetrain.evaluation.protocols import CannotRunError
-from facetrain.evaluation.threshold import num_allowed
+from facetrain.evaluation.threshold import num_allowed, thresholds
 from facetrain.evaluation.verification import Verification, View1, verify, verify_view1
 
 OPEN_SET_FAR = 1e-2
@@ -84,6 +84,15 @@ class Evaluation:
         if self.distractors:
             results["distractors"] = self.distractors.figures()
         return results
+
+    @property
+    def thresholds(self) -> dict[str, dict[str, float]]:
+        """The thresholds of some FARs, for whoever decides by them: protocol -> FAR -> score, the mean of draws."""
+        found = {"verification": self.verification.thresholds()} if self.verification else {}
+        for name, draws in self.open.items():
+            each = [thresholds(draw.impostor_scores) for draw in draws]
+            found[name] = {far: float(np.mean([one[far] for one in each])) for far in each[0]}
+        return found
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:

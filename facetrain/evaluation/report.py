@@ -48,7 +48,7 @@ def report_to_folder(
 ) -> None:
     """Print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`."""
     # First what took hours to compute.
-    write_results(evaluation.results, out)
+    write_results(evaluation.results | {"thresholds": evaluation.thresholds}, out)
     sys.stdout.write(format_table(evaluation))
     sys.stdout.flush()
     write_report(evaluation, out, subject=subject, read_picture=read_picture)
