@@ -27,7 +27,8 @@ def main() -> None:
         "text{font:13px system-ui,sans-serif;fill:#1b1f24;text-anchor:middle} .small{font-size:11px;fill:#59636e}"
         " rect{fill:#f5f6f8;stroke:#0b63a5} line{stroke:#59636e;marker-end:url(#head)}"
     )
-    head = '<marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="3" orient="auto"><path d="M0,0 7,3 0,6z"/></marker>'
+    marker = '<marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="3" orient="auto">'
+    head = f'{marker}<path d="M0,0 7,3 0,6z"/></marker>'
     body = "\n".join(lines)
     Path(__file__).with_name("figures").joinpath("batch_path.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1010 316"><style>{style}</style><defs>{head}</defs>\n'
@@ -37,10 +38,10 @@ def main() -> None:
 
 def _box(left: int, top: int, title: str, about: str) -> str:
     middle = left + WIDTH // 2
-    about = about.replace(">", "&gt;")
+    about = f'<text class="small" x="{middle}" y="{top + 42}">{about.replace(">", "&gt;")}</text>'
     return (
         f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
-        f'<text x="{middle}" y="{top + 24}">{title}</text><text class="small" x="{middle}" y="{top + 42}">{about}</text>'
+        f'<text x="{middle}" y="{top + 24}">{title}</text>{about}'
     )
 
 

@@ -24,6 +24,7 @@ def lfw(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--convention", choices=("exact", "insightface"), default="exact", help="insightface adds what that code prints"
     )
+    parser.add_argument("--groups", type=str, help="CSV of person and attributes: verification of each group apart")
     parser.add_argument("--distractors", nargs="+", type=str, help=".npy embeddings of strangers for every gallery")
     parser.add_argument("--search", choices=("exact", "ivf"), default="exact", help="of distractors; ivf is FAISS's")
     parser.add_argument("--out", type=str, required=True, help="folder for results.json, report.html and figures")
@@ -39,7 +40,7 @@ def lfw(argv: Sequence[str]) -> None:
     if args.images is not None and args.bin is not None:
         raise ValueError("facetrain lfw: expected --images or --bin, got both")
     request, out = _request(args, convention=args.convention), Path(args.out)
-    lists = (args.pairs, args.blufr, args.view1, args.open_set_people, args.bootstrap, args.distractors)
+    lists = (args.pairs, args.blufr, args.view1, args.open_set_people, args.bootstrap, args.distractors, args.groups)
     if args.bin is not None and any(lists):
         raise ValueError("--bin: holds its own pairs of unknown people; no lists, --bootstrap or --distractors")
     from facetrain import evaluate
@@ -119,6 +120,7 @@ def _request(args: Any, convention: Literal["exact", "insightface"] = "exact") -
         open_set_people=Path(args.open_set_people) if args.open_set_people else None,
         closed_lists=(Path(args.closed_gallery), Path(args.closed_probes)) if args.closed_gallery else None,
         blufr=Path(args.blufr) if args.blufr else None,
+        groups=Path(args.groups) if getattr(args, "groups", None) else None,
         draws=args.draws,
         bootstrap=args.bootstrap,
         convention=convention,

@@ -14,6 +14,7 @@ from facetrain.evaluation.blufr import BlufrOutcome, blufr_figures
 from facetrain.evaluation.conventions import InsightFaceFigures
 from facetrain.evaluation.distractors import DistractorScores
 from facetrain.evaluation.figures import save_figures
+from facetrain.evaluation.groups import group_rows
 from facetrain.evaluation.html_report import ReadPicture, write_html
 from facetrain.evaluation.identification import ClosedSet, OpenSet
 from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation, evaluate
@@ -91,6 +92,7 @@ def format_table(evaluation: Evaluation) -> str:
     blocks = [
         [head, *_alignment_lines(evaluation)],
         _verification_lines(evaluation.verification) if evaluation.verification else [],
+        aligned(list(group_rows(evaluation.groups))) if evaluation.groups else [],
         _insightface_lines(evaluation.insightface) if evaluation.insightface else [],
         _view1_lines(evaluation.view1) if evaluation.view1 else [],
         _closed_lines(evaluation) if evaluation.closed else [],

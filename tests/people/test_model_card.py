@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import facetrain as facetrain_command
+from commands import run as run_command
 from test_train import flags
 
 import facetrain
@@ -21,9 +21,8 @@ def train(synthetic: Path, run_dir: Path, **more: object) -> None:
     settings = {"mining__mode": "off", "train__steps": 2, "train__save_every_steps": 2, "tracking__backend": "mlflow"}
     settings |= {"data__holdout_identities": 24, "data__workers": 0, "tracking__sweep": "losses", **more}
     store = f"sqlite:///{run_dir.parent}/mlflow.db"
-    done = facetrain_command(
-        "train", *flags(synthetic, run_dir, **settings), cwd=run_dir.parent, MLFLOW_TRACKING_URI=store
-    )
+    command = (sys.executable, "-m", "facetrain", "train", *flags(synthetic, run_dir, **settings))
+    done = run_command(*command, cwd=run_dir.parent, timeout_s=280, MLFLOW_TRACKING_URI=store)
     assert done.returncode == 0, done.stderr
 
 
