@@ -4,7 +4,6 @@ Dims: Q queries, I images in the gallery, K people in it, k people wanted, D wid
 """
 
 import os
-import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,11 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from facetrain.data.index import part_of
-from facetrain.search import ApproximateIndex, group_maxima, has_faiss
+from facetrain.evaluation.inputs import read_npz
+from facetrain.search import ApproximateIndex, check_faiss, group_maxima
 
 Kind = Literal["flat", "ivf", "hnsw"]
 
 GALLERY_FILE = "gallery.npz"
+_ARRAYS = (
+    *("kind", "network", "network_sha256", "names", "people", "embeddings", "pictures", "picture_ends", "index"),
+)
 _IMAGES_PER_PERSON = 10
 """Images that an approximate search looks for, for each person wanted: several of the best may be one person's."""
 
@@ -67,12 +70,15 @@ class Gallery:
         file = folder / GALLERY_FILE
         if not file.is_file():
             raise ValueError(f"{folder}: no gallery in it; `facetrain index {folder} --images FOLDER` makes one")
+        arrays = read_npz(file, _ARRAYS)
+        kind = str(arrays["kind"])
+        if kind != "flat":
+            check_faiss(str(file))
+        ends, data = arrays["picture_ends"].tolist(), arrays["pictures"].tobytes()
+        num_images = {len(arrays[key]) for key in ("names", "people", "embeddings", "picture_ends") if arrays[key].ndim}
+        if len(num_images) != 1 or arrays["embeddings"].ndim != 2:
+            raise ValueError(f"{file}: damaged (names, people, embeddings and pictures differ in number)")
         try:
-            with np.load(file, allow_pickle=False) as content:
-                arrays = dict(content)
-            ends = arrays["picture_ends"].tolist()
-            data = arrays["pictures"].tobytes()
-            kind = str(arrays["kind"])
             return cls(
                 kind=kind,  # type: ignore[arg-type]
                 network=str(arrays["network"]),
@@ -81,12 +87,10 @@ class Gallery:
                 people=tuple(arrays["people"].tolist()),
                 embeddings=arrays["embeddings"],
                 pictures=tuple(data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)),
-                index=ApproximateIndex.from_bytes(arrays["index"]) if kind != "flat" else None,
+                index=ApproximateIndex.from_bytes(arrays["index"]) if kind != "flat" and len(ends) else None,
             )
-        except ImportError:
-            raise ValueError(f"{file}: needs FAISS: pip install 'facetrain[faiss]'") from None
-        except (KeyError, ValueError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-            raise ValueError(f"{file}: damaged ({error})") from None
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{file}: damaged ({' '.join(str(error).split())})") from None
 
     def save(self, folder: Path) -> None:
         """Write the gallery into a folder, at once or not at all."""
@@ -221,13 +225,8 @@ def _grown(
     """Return the index of all embeddings: that of the first `num_in` with the others added to it, or a new one."""
     if kind == "flat" or not len(embeddings):
         return None
-    _check_faiss(f"--kind {kind}")
+    check_faiss(f"--kind {kind}")
     if index is None or index.is_outgrown_by(len(embeddings)):
         return ApproximateIndex.build(kind, torch.from_numpy(embeddings))
     index.add(torch.from_numpy(embeddings[num_in:]))
     return index
-
-
-def _check_faiss(what: str) -> None:
-    if not has_faiss():
-        raise ValueError(f"{what}: needs FAISS: pip install 'facetrain[faiss]'")

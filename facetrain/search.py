@@ -174,6 +174,12 @@ def has_faiss() -> bool:
     return find_spec("faiss") is not None
 
 
+def check_faiss(what: str) -> None:
+    """Raise ValueError, naming what needs it, where FAISS isn't installed."""
+    if not has_faiss():
+        raise ValueError(f"{what}: needs FAISS: pip install 'facetrain[faiss]'")
+
+
 def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int, iterations: int = 5) -> Tensor:
     """Return cluster centres of unit length by spherical k-means, float32 [L, D].
 
