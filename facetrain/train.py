@@ -41,8 +41,8 @@ from facetrain.world import World, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
 
-_TRACKED_FILES = ("config.yaml", "results.json", "report.html", "figures", "model_card.md", "model.safetensors")
-"""What MLflow gets of a finished run, of its folder; of the weights, a model."""
+_TRACKED_FILES = ("config.yaml", "results.json", "report.html", "figures", "model_card.md")
+"""What MLflow gets of the folder of a finished run, besides a model."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -298,6 +298,7 @@ class Run:
             self.tracker.describe(card)
             write_results(judgement.results(), path)
             self.tracker.artifacts(*(path / name for name in _TRACKED_FILES))
+            self.tracker.model(path)
             if state.best_step >= 0:
                 best = checkpoint_folder(path, state.best_step)
                 log.info(f"best      {best}  {self.config.eval.best_metric} {state.best_value:.2%}")

@@ -2,13 +2,14 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from facetrain.masking import mask_secrets
+from facetrain.tracking.mlflow_model import MODEL_NAME
 from facetrain.tracking.outbox import Outbox
 
 _KEY_TAG = "facetrain.key"
@@ -130,28 +131,25 @@ class MlflowStore:
 
     def _send_artifact(self, name: str) -> None:
         path, run_id = self._outbox.run_dir / name, self._outbox.contents.run_id
-        if path.is_dir():
+        if name == MODEL_NAME and path.is_dir():
+            self._send_model(path)
+        elif path.is_dir():
             self._client.log_artifacts(run_id, str(path), path.name)
-        elif path.suffix == ".safetensors" and path.is_file():
-            self._send_model()
         elif path.suffix == ".yaml":
             self._client.log_text(run_id, mask_secrets(path.read_text(encoding="utf-8")), path.name)
         elif path.is_file():
             self._client.log_artifact(run_id, str(path))
 
-    def _send_model(self) -> None:
-        """Send the network as a model of MLflow's, and register it where that is asked for."""
-        from facetrain.tracking.mlflow_model import MODEL_NAME, write_model
-
+    def _send_model(self, folder: Path) -> None:
+        """Send the model, register it where that is asked for, and remove it here: the weights are there already."""
         run_id, name = self._outbox.contents.run_id, self._outbox.contents.register_as
-        with TemporaryDirectory(prefix="mlflow-", dir=self._outbox.run_dir / "logs") as folder:
-            write_model(self._outbox.run_dir, Path(folder) / MODEL_NAME)
-            self._client.log_artifacts(run_id, str(Path(folder) / MODEL_NAME), MODEL_NAME)
+        self._client.log_artifacts(run_id, str(folder), MODEL_NAME)
         if name:
             if not self._client.search_registered_models(f"name = '{name}'"):
                 self._client.create_registered_model(name)
             if not self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
                 self._client.create_model_version(name, f"runs:/{run_id}/{MODEL_NAME}", run_id=run_id)
+        shutil.rmtree(folder)
 
     def _send_status(self, status: str) -> None:
         run_id = self._outbox.contents.run_id

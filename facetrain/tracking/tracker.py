@@ -17,6 +17,7 @@ from typing import Any, Literal
 from facetrain.config import TrackingConfig
 from facetrain.masking import mask_secrets
 from facetrain.tracking.environment import environment_tags
+from facetrain.tracking.mlflow_model import write_model
 from facetrain.tracking.mlflow_store import MlflowStore
 from facetrain.tracking.outbox import METRICS_FILE, Outbox
 from facetrain.world import World
@@ -81,12 +82,19 @@ class Tracker:
             self._sender.add_tag("mlflow.note.content", text[:MAX_NOTE])
 
     def artifacts(self, *paths: Path) -> None:
-        """Record files and folders of the run; those that don't exist are left out.
-
-        Of `model.safetensors` a model in MLflow's pyfunc form is made.
-        """
+        """Record files and folders of the run; those that don't exist are left out."""
         if self._sender is not None:
             self._sender.add_artifacts([path for path in paths if path.exists()])
+
+    def model(self, run_dir: Path) -> None:
+        """Record the network of a finished run in MLflow's pyfunc form, and register it where the config says so."""
+        if self._sender is None:
+            return
+        try:
+            # Here, not in the thread: a process that ends while that one imports pandas is aborted.
+            self._sender.add_artifacts([write_model(run_dir)])
+        except Exception as error:  # whatever MLflow, pandas or a full disk can raise: the run itself is whole
+            log.warning(f"MLflow gets no model ({error}); `facetrain sync {run_dir} --register NAME` tries again")
 
     def finish(self, *, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End MLflow's run, after what is left to send or a while; a continued job opens it again."""
@@ -201,11 +209,10 @@ def sync(run_dir: Path, *, register_as: str | None = None) -> str:
     """
     outbox = Outbox.open(run_dir)
     if register_as is not None:
-        weights = run_dir / "model.safetensors"
-        if not weights.is_file():
+        if not (run_dir / "model.safetensors").is_file():
             raise ValueError(f"--register: {run_dir} is not finished, it has no model.safetensors")
         outbox.update(register_as=register_as)
-        outbox.add_artifact(weights)
+        outbox.add_artifact(write_model(run_dir))
     store = MlflowStore(outbox)
     try:
         store.send()
