@@ -15,7 +15,7 @@ BOXES = {
 }
 ARROWS = (
     *(("shards", "loader"), ("plan", "loader"), ("loader", "step"), ("step", "loss"), ("loss", "engine")),
-    *(("ranks", "loss"), ("loss", "ranks"), ("engine", "mining"), ("mining", "plan"), ("engine", "after")),
+    *(("ranks", "loss"), ("loss", "ranks"), ("step", "mining"), ("mining", "plan"), ("engine", "after")),
 )
 WIDTH, HEIGHT = 170, 56
 

@@ -2,10 +2,12 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from commands import ROOT, run
+from people.conftest import make_run
 
 from facetrain.cli import main
 
@@ -17,6 +19,11 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
+
+
+@pytest.fixture
+def people_run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "a-run")
 
 
 @pytest.mark.slow
@@ -45,7 +52,7 @@ def heads_of(page: Path) -> list[str]:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = re.findall(r"- (\S+\.md)", (ROOT / "mkdocs.yml").read_text())
+    listed = re.findall(r"- (?:[\w -]+: )?(\S+\.md)", (ROOT / "mkdocs.yml").read_text())
     assert sorted(listed) == [page.name for page in PAGES]
 
 
@@ -67,3 +74,44 @@ def test_flags_and_files_of_commands_exist(capsys: pytest.CaptureFixture[str]) -
                 known[name] = capsys.readouterr().out
             for flag in (word for word in words[at:] if word.startswith("--")):
                 assert re.search(rf"{re.escape(flag)}\b", known[name]), f"{page}: {name} {flag}"
+
+
+def commands_of(page: str, word: str) -> list[list[str]]:
+    """Return the words of a page's commands of that name."""
+    lines = [shlex.split(line, comments=True) for name, line in COMMANDS if name == page]
+    return [words[1:] for words in lines if words[:2] == ["facetrain", word]]
+
+
+@pytest.mark.slow
+def test_the_pages_of_the_first_hour_do_what_they_say(
+    synthetic: Path, people_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "faces").symlink_to(synthetic / "faces")
+    (tmp_path / "quickstart" / "run").symlink_to(people_run)
+    (people_run / "results.json").write_text('{"thresholds": {"open-best-rowden": {"1e-1": 0.9}}}')
+    for word in ("embed", "index", "search"):
+        (words,) = commands_of("quickstart.md", word)
+        main([*words, "--device", "cpu"])
+    assert (tmp_path / "heldout.npz").is_file()
+    assert "known" in (tmp_path / "found" / "search.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_page_of_casia_fits_files_of_insightface(
+    face_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(face_data / "interop", "faces_webface_112x112")
+    first, cleaned = commands_of("casia.md", "pack")
+    main([*first, "--workers", "1"])
+    (words,) = commands_of("casia.md", "inspect")
+    main(words)
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "exclude.txt").write_text("3\n")
+    main([*cleaned, "--workers", "1"])
+    (words,) = commands_of("casia.md", "check")
+    words[words.index("configs/casia_npair320.yaml")] = str(ROOT / "configs" / "casia_npair320.yaml")
+    small = {"train.global_pairs": "8", "mining.candidates": "40", "data.holdout_identities": "20"}
+    main([*words, *(word for key, value in small.items() for word in (f"--{key}", value))])
