@@ -1,5 +1,6 @@
 """A run's network in MLflow's pyfunc form, with its code, its requirements, a signature and an example."""
 
+import logging
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ def write_model(run_dir: Path) -> Path:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import has made it talkative again
     folder = run_dir / MODEL_NAME
     shutil.rmtree(folder, ignore_errors=True)
     with TemporaryDirectory(prefix="mlflow-", dir=run_dir / "logs") as data:
