@@ -48,7 +48,8 @@ def test_enlarging_is_refused() -> None:
 
 
 @needs_onnx
-@pytest.mark.parametrize("preprocess", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("preprocess", [False, True])
 def test_onnx_embeds_any_number_of_faces_as_the_run_does(
     synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], preprocess: bool
 ) -> None:
