@@ -19,7 +19,7 @@ Decode = Callable[[int], npt.NDArray[np.uint8]]
 BATCH_IMAGES = 128
 """Images of one forward, which are one rank's; a rank takes whole batches."""
 MAX_BATCH_IMAGES = 1024
-"""Above it, a GPU gets no faster."""
+"""The most that are tried on a GPU."""
 
 
 def embed_images(
