@@ -212,6 +212,8 @@ def _embed(
         people = tuple(map(_person, names)) if are_known else ("",) * len(names)
         return _Embedded(names, people, unit_vectors(names, embeddings), (b"",) * len(names))
     labelled = open_faces(faces.images) if are_known else None
+    if labelled and (left_out := labelled.describe_skipped()):
+        say(left_out)
     images = labelled or open_images(faces.images)
     world, opened = World.alone(options.device), open_network(network, options.onnx)
     photographs = Photographs(images, open_aligner(options))
