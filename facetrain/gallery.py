@@ -131,7 +131,8 @@ class Gallery:
         """
         if len(self.names) and embeddings.shape[1] != self.embeddings.shape[1]:
             raise ValueError(f"embeddings: expected {self.embeddings.shape[1]} numbers each, got {embeddings.shape[1]}")
-        rest = self._keep([name not in set(names) for name in self.names])
+        fresh = set(names)
+        rest = self._keep([name not in fresh for name in self.names])
         together = np.concatenate([rest.embeddings.reshape(-1, embeddings.shape[1]), embeddings])
         return replace(
             rest,

@@ -202,7 +202,7 @@ def _embed(
         faces: Which.
         network: What embeds images.
         options: How.
-        unreadable: The file of the list; None lists nothing.
+        unreadable: The file of the list; None says it on stdout.
         are_known: Whether images lie in a folder for each person.
         pictures: Make pictures.
     """
@@ -221,6 +221,9 @@ def _embed(
     embeddings, why = embed_readable(opened, photographs, rows, options, world)
     if unreadable:
         list_unreadable(unreadable, images.names, why)
+    else:
+        for row in sorted(why):
+            say(f"unreadable: {why[row]}")
     kept = [row for row in rows if row not in why]
     names = tuple(images.names[row] for row in kept)
     return _Embedded(

@@ -48,8 +48,10 @@ def test_people_are_added_found_and_removed(
 
     run_main("index", gallery, "--remove", first.name)
     capsys.readouterr()
-    run_main("search", gallery, "--images", first, "--threshold", "0.9999", "--device", "cpu")
+    (tmp_path / "no.jpg").write_bytes(b"no image")
+    run_main("search", gallery, "--images", first, tmp_path / "no.jpg", "--threshold", "0.9999", "--device", "cpu")
     printed = capsys.readouterr().out
+    assert f"unreadable: {tmp_path}/no.jpg: expected an image" in printed
     assert "unknown" in printed
     assert f"  {first.name} " not in printed
 
