@@ -18,6 +18,8 @@ Decode = Callable[[int], npt.NDArray[np.uint8]]
 
 BATCH_IMAGES = 128
 """Images of one forward, which are one rank's; a rank takes whole batches."""
+MAX_BATCH_IMAGES = 1024
+"""The most that are tried on a GPU."""
 
 
 def embed_images(
@@ -69,6 +71,39 @@ def embed_images(
     backbone.train(was_training)
     # Over all ranks: every rank ends with all rows in order.
     return world.all_gather_uneven(torch.cat([blocks[0][:0], *blocks[: len(batches)]]))
+
+
+def fitting_batch(
+    backbone: nn.Module, image_shape: tuple[int, int, int], *, world: World, precision: Literal["float32", "bfloat16"]
+) -> int:
+    """Return how many images of [H, W, C] one forward takes: BATCH_IMAGES, or on CUDA the most that fit.
+
+    On CUDA, powers of two are tried, from MAX_BATCH_IMAGES down. All ranks must call, and get the same answer.
+
+    Raises:
+        ValueError: Not even one image fits.
+    """
+    if world.device.type != "cuda":
+        return BATCH_IMAGES
+    batch_images = MAX_BATCH_IMAGES
+    while batch_images and not _fits(backbone, (batch_images, *image_shape), world.device, precision):
+        batch_images //= 2
+    batch_images = min(world.all_gather_object(batch_images))  # over all ranks: the smallest
+    if batch_images == 0:
+        raise ValueError(f"{world.device}: out of memory with a single image")
+    return batch_images
+
+
+def _fits(backbone: nn.Module, shape: tuple[int, ...], device: torch.device, precision: str) -> bool:
+    images_BHWC = torch.zeros(shape, dtype=torch.uint8, device=device)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            backbone.eval()(network_input(images_BHWC))
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
 
 
 def _decode_ahead(decode: Decode, batches: list[range]) -> Iterator[Tensor]:

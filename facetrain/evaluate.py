@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from facetrain.command_line import say
 from facetrain.config import DataConfig
 from facetrain.data.decode import decode_face, thumbnail
-from facetrain.data.sources import open_faces
+from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.verification_bin import read_verification_bin
 from facetrain.evaluation.compare import compare, format_comparison, write_comparison
 from facetrain.evaluation.distractors import Crowd, DistractorScores, Search, check_search, open_crowd, search_crowd
@@ -222,7 +222,7 @@ def compare_files(
         world.on_main(report)
 
 
-def _open_photographs(images: Sequence[Path], options: EmbedOptions) -> Photographs:
+def _open_photographs(images: Sequence[Path], options: EmbedOptions) -> Photographs[FaceSource]:
     """Open images, say which can't be used, and check that their file names tell who they are."""
     photographs = Photographs.open(images, options)
     if left_out := photographs.faces.describe_skipped():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from facetrain.config import DataConfig
 from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
 from facetrain.data.decode import decode_face, present_face
 from facetrain.data.sources import FaceSource, open_faces
-from facetrain.embed import embed_images
+from facetrain.embed import BATCH_IMAGES, embed_images
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
 from facetrain.world import World
@@ -62,30 +62,52 @@ def open_network(file: Path, onnx: OnnxInput) -> Network:
         backbone, config = load_backbone(file)
         return Network(file, backbone, config.data, config.train.precision)
     network = OnnxBackbone(file, onnx)
-    data = DataConfig(image_px=network.image_px, colour="rgb" if network.channels == 3 else "grey")
-    return Network(file, network, data, "float32")
+    return Network(file, network, network.data, "float32")
+
+
+class Images(Protocol):
+    """Images by name, such as a `FaceSource`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each image."""
+
+    def read(self, image: int) -> bytes:
+        """Return an image's file."""
+
+
+ImagesT = TypeVar("ImagesT", bound=Images)
+
+
+def open_aligner(options: EmbedOptions) -> FaceAligner | None:
+    """Return what aligns photographs; None where images are taken as aligned.
+
+    Raises:
+        ValueError: The list of points or the detector can't be used; the message names it.
+    """
+    find: FindPoints | None = None
+    if options.landmarks:
+        find = points_from_file(options.landmarks)
+    elif options.detector:
+        find = YunetDetector(options.detector)
+    return FaceAligner(find) if find else None
 
 
 @dataclass(frozen=True)
-class Photographs:
+class Photographs(Generic[ImagesT]):
     """Images to embed, aligned on the way where asked for."""
 
-    faces: FaceSource
+    faces: ImagesT
     aligner: FaceAligner | None
 
-    @classmethod
-    def open(cls, images: Sequence[Path], options: EmbedOptions) -> "Photographs":
-        """Open folders or tars.
+    @staticmethod
+    def open(images: Sequence[Path], options: EmbedOptions) -> "Photographs[FaceSource]":
+        """Open folders or tars of known people.
 
         Raises:
             ValueError: An image source, the list of points or the detector can't be used; the message names it.
         """
-        find: FindPoints | None = None
-        if options.landmarks:
-            find = points_from_file(options.landmarks)
-        elif options.detector:
-            find = YunetDetector(options.detector)
-        return cls(open_faces(images), FaceAligner(find) if find else None)
+        return Photographs(open_faces(images), open_aligner(options))
 
     def decode(self, image: int, data: DataConfig) -> NDArray[np.uint8]:
         """Return what a network of that preprocessing sees of an image, uint8 [image_px, image_px, channels]."""
@@ -103,11 +125,19 @@ class Photographs:
 
 
 def embed_all(
-    networks: Sequence[Network], decode: Decode, names: Sequence[str], options: EmbedOptions, world: World
+    networks: Sequence[Network],
+    decode: Decode,
+    names: Sequence[str],
+    options: EmbedOptions,
+    world: World,
+    *,
+    batch_images: int = BATCH_IMAGES,
+    progress: str | None = "embed",
 ) -> NDArray[np.float32]:
     """Embed images with each network over all ranks; float32 [n, sum of D], the same on every rank.
 
-    Of several networks each gets the same say: its part is of unit length.
+    Of several networks each gets the same say: its part is of unit length. `progress` is the label of the bar;
+    None shows none.
 
     Raises:
         ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite, or in another
@@ -122,7 +152,8 @@ def embed_all(
             world=world,
             precision=network.precision,
             mirror=options.mirror,
-            progress="embed",
+            batch_images=batch_images,
+            progress=progress,
         )
         parts.append(embeddings.cpu().numpy())
         first_width, width = parts[0].shape[1], parts[-1].shape[1]
@@ -139,6 +170,41 @@ def embed_all(
         except ValueError as error:
             raise ValueError(f"{network.file}: {error}") from None
     return np.concatenate(parts, axis=1)
+
+
+def embed_readable(
+    network: Network,
+    photographs: Photographs[ImagesT],
+    images: Sequence[int],
+    options: EmbedOptions,
+    world: World,
+    *,
+    batch_images: int = BATCH_IMAGES,
+    progress: str = "embed",
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Embed some of the images over all ranks, whether or not each can be read.
+
+    Returns:
+        float32 [n, D], not normalised, on every rank; and why an image can't be used, by its number, whose row means
+        nothing: it can't be read, or its embedding is zero or not finite.
+    """
+    unreadable: dict[int, str] = {}
+
+    def decode(row: int, data: DataConfig) -> NDArray[np.uint8]:
+        try:
+            return photographs.decode(images[row], data)
+        except ValueError as error:
+            unreadable[images[row]] = str(error)
+            return np.zeros((data.image_px, data.image_px, data.channels), np.uint8)
+
+    names = [photographs.faces.names[image] for image in images]
+    embeddings = embed_all([network], decode, names, options, world, batch_images=batch_images, progress=progress)
+    # Over all ranks: each ends with what any of them couldn't read.
+    unreadable = {image: why for some in world.all_gather_object(unreadable) for image, why in some.items()}
+    norms = np.square(embeddings, dtype=np.float64).sum(axis=1)
+    for row in np.flatnonzero(~np.isfinite(norms) | (norms == 0)).tolist():
+        unreadable.setdefault(images[row], f"{names[row]}: the network embeds it as zero, or not finite")
+    return embeddings, unreadable
 
 
 def _seen_by(network: Network, decode: Decode) -> Callable[[int], NDArray[np.uint8]]:

@@ -45,6 +45,8 @@ FREE_KEYS = (
     "tracking.backend",
     "tracking.experiment",
     "tracking.run_name",
+    "tracking.sweep",
+    "tracking.register_as",
 )
 
 

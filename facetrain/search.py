@@ -5,12 +5,15 @@ And approximate, among clusters, with FAISS: an optional dependency, of which th
 Dims: Q queries, q queries of one block, I items, G groups of items, L clusters, D width.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -171,6 +174,12 @@ def has_faiss() -> bool:
     return find_spec("faiss") is not None
 
 
+def check_faiss(what: str) -> None:
+    """Raise ValueError, naming what needs it, where FAISS isn't installed."""
+    if not has_faiss():
+        raise ValueError(f"{what}: needs FAISS: pip install 'facetrain[faiss]'")
+
+
 def unit_centres(items_ID: Tensor, num_clusters: int, *, seed: int, iterations: int = 5) -> Tensor:
     """Return cluster centres of unit length by spherical k-means, float32 [L, D].
 
@@ -226,6 +235,72 @@ class ClusteredIndex:
         self._index.nprobe = min(probes, self._index.nlist)
         scores, items = self._index.search(queries_QD.float().cpu().numpy(), k)
         return torch.from_numpy(scores).to(queries_QD.device), torch.from_numpy(items).to(queries_QD.device)
+
+
+class ApproximateIndex:
+    """Items among FAISS's clusters (ivf) or in its neighbour graph (hnsw), in float32 and on the CPU.
+
+    What a search misses depends on the data: measure its recall.
+    """
+
+    def __init__(self, index: Any) -> None:
+        """Take an index of FAISS."""
+        self._index = index
+
+    @classmethod
+    def build(cls, kind: Literal["ivf", "hnsw"], items_ID: Tensor) -> "ApproximateIndex":
+        """Make an index of items, which are numbered in their order.
+
+        ivf: about 2 sqrt(I) clusters, of which a search looks into 16. hnsw: 32 neighbours an item, 128 candidates.
+        """
+        import faiss
+
+        num_items, width = items_ID.shape
+        index: Any
+        if kind == "hnsw":
+            index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction, index.hnsw.efSearch = 200, 128
+        else:
+            num_clusters = _num_clusters(num_items)
+            quantizer = faiss.IndexFlatIP(width)
+            index = faiss.IndexIVFFlat(quantizer, width, num_clusters, faiss.METRIC_INNER_PRODUCT)
+            index.nprobe = min(16, num_clusters)
+            index.train(items_ID.numpy())
+        made = cls(index)
+        made.add(items_ID)
+        return made
+
+    @classmethod
+    def from_bytes(cls, data: NDArray[np.uint8]) -> "ApproximateIndex":
+        """Read what `to_bytes` gave."""
+        import faiss
+
+        return cls(faiss.deserialize_index(data))
+
+    def to_bytes(self) -> NDArray[np.uint8]:
+        """Return the index as it is kept in a file."""
+        import faiss
+
+        data: NDArray[np.uint8] = faiss.serialize_index(self._index)
+        return data
+
+    def add(self, items_ID: Tensor) -> None:
+        """Append items."""
+        self._index.add(items_ID.numpy())
+
+    def is_outgrown_by(self, num_items: int) -> bool:
+        """Return whether so many items, four times those it was built for, need clusters of their own."""
+        return hasattr(self._index, "nlist") and _num_clusters(num_items) > 2 * self._index.nlist
+
+    def top_k(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return scores, float32 [Q, k], and items, int64 [Q, k], best first; -1 where fewer are found."""
+        scores, items = self._index.search(queries_QD.numpy(), k)
+        return torch.from_numpy(scores), torch.from_numpy(items)
+
+
+def _num_clusters(num_items: int) -> int:
+    """Return 2 sqrt(I), but no more than leaves 39 items a cluster, below which FAISS warns."""
+    return max(1, min(round(2 * math.sqrt(num_items)), num_items // 39))
 
 
 def _pad_rows(x: Tensor, num_rows: int) -> Tensor:

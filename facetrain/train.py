@@ -22,6 +22,7 @@ from facetrain.data.plan import count_draws, pairs_per_rank
 from facetrain.data.reading import report_replaced
 from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
+from facetrain.evaluation.model_card import write_model_card
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.inputs import Inputs, check_same_shards, open_inputs, share_out
 from facetrain.losses.build import build_loss
@@ -31,6 +32,7 @@ from facetrain.models import Backbone, build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
 from facetrain.tracking import Tracker
+from facetrain.tracking.environment import git_commit
 from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.watch.heartbeat import Heartbeat
 from facetrain.watch.stop import StopRequest
@@ -38,6 +40,9 @@ from facetrain.watch.stragglers import StepClock, TimedLoss
 from facetrain.world import World, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
+
+_TRACKED_FILES = ("config.yaml", "results.json", "report.html", "figures", "model_card.md")
+"""What MLflow gets of the folder of a finished run, besides a model."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,7 +94,8 @@ class Run:
             load_optimizer(folder.resume_from, self.engine)
             if self.loss.class_vectors is not None:
                 load_class_vectors(folder.resume_from, self.loss.class_vectors)
-        self.tracker = Tracker(config.tracking, folder.path, world, parameters=config.flat())
+        parameters = config.flat() | {"data.manifest_sha256": inputs.shards.manifest.sha256}
+        self.tracker = Tracker(config.tracking, folder.path, world, parameters=parameters)
         self.saver = Saver(folder.path, config, world, self.state)
         mines = config.mining.mode != "off"
         self.miner = Miner(config, inputs.shards, self.plan, world) if mines else None
@@ -296,8 +302,11 @@ class Run:
             if judgement.evaluation is not None:
                 sys.stdout.write(format_table(judgement.evaluation))
                 write_report(judgement.evaluation, path, subject=str(path), read_picture=self.judge.read_picture)
+            card = write_model_card(path, self.config, self.inputs.shards.manifest, judgement.results(), git_commit())
+            self.tracker.describe(card)
             write_results(judgement.results(), path)
-            self.tracker.artifacts(path / "config.yaml", path / "results.json", path / "report.html", path / "figures")
+            self.tracker.artifacts(*(path / name for name in _TRACKED_FILES))
+            self.tracker.model(path)
             if state.best_step >= 0:
                 best = checkpoint_folder(path, state.best_step)
                 log.info(f"best      {best}  {self.config.eval.best_metric} {state.best_value:.2%}")

@@ -27,6 +27,18 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 600.0
 
+    @classmethod
+    def alone(cls, device: Literal["auto", "cpu", "cuda"]) -> "World":
+        """Return a world of this process alone, without a process group, whatever a launcher has started.
+
+        Raises:
+            ValueError: device is cuda and there is none.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: 'cuda' was asked for, but torch sees no CUDA device")
+        on_cuda = device != "cpu" and torch.cuda.is_available()
+        return cls(device=torch.device("cuda" if on_cuda else "cpu"))
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which alone logs, tracks and saves."""

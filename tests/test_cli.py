@@ -9,7 +9,7 @@ from facetrain.cli import main
 
 COMMANDS = [
     *("synth", "pack", "inspect", "audit", "train", "check", "estimate", "doctor", "launch", "sync"),
-    *("lfw", "compare", "retrieval"),
+    *("lfw", "compare", "retrieval", "embed", "export", "index", "search", "completion"),
 ]
 
 
@@ -26,6 +26,21 @@ def test_the_help_names_every_command(argv: list[str], capsys: pytest.CaptureFix
     main(argv)
     words = capsys.readouterr().out.split()
     assert set(COMMANDS) <= set(words)
+
+
+def test_the_shell_completes_commands_flags_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["completion"])
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "faces.tar").touch()
+    ask = 'source completion.sh; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _facetrain; echo "${COMPREPLY[*]}"'
+    for words, expected in (
+        (["facetrain", "se"], "search"),
+        (["facetrain", "embed", "--check"], "--checkpoint"),
+        (["facetrain", "train", "--train.global"], "--train.global_pairs"),
+        (["facetrain", "embed", "fac"], ""),  # files are the shell's own
+    ):
+        assert run("bash", "-c", ask, "ask", *words, cwd=tmp_path).stdout.strip() == expected
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,7 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
         (["--mining.mode", "quota", "--mining.virtual_nodes", "6"], ["mining.virtual_nodes", "divisor", "128", "6"]),
         (["--mining.mode", "gathered", "--mining.lag_steps", "1"], ["mining.lag_steps", "data.workers", "4", "1"]),
         (["--mining.similarity_cap", "1.5"], ["mining.similarity_cap", "(0, 1]", "1.5"]),
+        (["--tracking.sweep", "a/b"], ["tracking.sweep", "without /", "a/b"]),
         (["--mining.max_appearances", "0"], ["mining.max_appearances", "1 or more", "0"]),
         (["--mining.images_per_class", "3"], ["mining.images_per_class", "3"]),
         (["--eval.images", "[lfw]"], ["eval.pairs", "eval.images"]),

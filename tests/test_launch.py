@@ -77,6 +77,19 @@ def test_quickstart_names_a_wrong_argument_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--config", "c.yaml"], ["--losses"]),
+        (["--config", "c.yaml", "--losses", "npair-mc", "--pairs", "8"], ["--name"]),
+        (["--loss", "npair-mc"], ["--loss:", "--losses"]),
+        (["--name"], ["--name"]),
+    ],
+)
+def test_sweep_names_a_missing_argument(words: list[str], named: list[str], tmp_path: Path) -> None:
+    assert_user_error(launch("sweep.sh", *words, cwd=tmp_path), *named)
+
+
 def test_a_dry_run_prints_the_script_of_the_job(tmp_path: Path) -> None:
     words = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "1:00:00", "--dry-run")
     done = facetrain("launch", "slurm", "--config", CONFIGS[0], *words, "--", "--run.dir", "my run", cwd=tmp_path)

@@ -167,13 +167,16 @@ def test_a_run_leaves_all_that_the_next_command_needs(synthetic, tmp_path):
     for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "results.json", "report.html", "logs/train.log"):
         assert (run_dir / name).is_file(), name
     assert "data:image/jpeg;base64," in (run_dir / "report.html").read_text()
+    assert "| heldout | accuracy |" in (run_dir / "model_card.md").read_text()
     assert list(tmp_path.glob("mlruns/**/report.html"))
+    assert list(tmp_path.glob("mlruns/**/model/MLmodel"))
     assert list((run_dir / "figures").glob("*.png"))
     assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
     assert config_yaml(load_config(run_dir / "config.yaml")) == (run_dir / "config.yaml").read_text()
     results = json.loads((run_dir / "results.json").read_text())
     assert f"step-00000004  synthetic/closed-full/rank1 {results['closed-full']['rank1']:.2%}" in done.stderr
     assert {"verification", "closed-full", "open-best-rowden", "heldout"} <= results.keys()
+    assert "1e-1" in results["thresholds"].pop("heldout")
 
     # The same figures come out of the weights alone, and of one checkpoint's.
     for weights_of in (run_dir, run_dir / "checkpoints" / "step-00000004" / "model.safetensors"):
@@ -184,7 +187,7 @@ def test_a_run_leaves_all_that_the_next_command_needs(synthetic, tmp_path):
         )
         assert again.returncode == 0, again.stderr
         repeated = json.loads((tmp_path / "lfw" / "results.json").read_text())
-        assert repeated == {key: value for key, value in results.items() if key != "heldout"}
+        assert repeated == {key: value for key, value in results.items() if key != "heldout"}  # thresholds too
 
     # New identities can start from these weights, with another head as well.
     more = {"model__init_from": run_dir, "model__embedding_dim": 16, "train__steps": 1, "mining__mode": "off"}

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from facetrain.command_line import new_parser, parse_arguments
+from facetrain.commands.embedding_flags import add_embedding_flags, embed_options
 
 if TYPE_CHECKING:
     from facetrain.evaluation.lists import Request
-    from facetrain.networks import EmbedOptions
 
 
 def lfw(argv: Sequence[str]) -> None:
@@ -17,12 +17,14 @@ def lfw(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", nargs="+", type=str, help="run folders, .safetensors or .onnx files that embed")
     parser.add_argument("--embeddings", type=str, help=".npz with names and embeddings, instead of --checkpoint")
     parser.add_argument("--bin", type=str, help="InsightFace verification file, instead of --images and lists")
-    _add_embedding_flags(parser)
+    parser.add_argument("--images", nargs="+", type=str, help="folder of Name/Name_0001.jpg, or tars; shown in reports")
+    add_embedding_flags(parser)
     _add_protocol_flags(parser)
     parser.add_argument("--bootstrap", type=int, default=0, help="resamples of people for intervals; 0: none")
     parser.add_argument(
         "--convention", choices=("exact", "insightface"), default="exact", help="insightface adds what that code prints"
     )
+    parser.add_argument("--groups", type=str, help="CSV of person and attributes: verification of each group apart")
     parser.add_argument("--distractors", nargs="+", type=str, help=".npy embeddings of strangers for every gallery")
     parser.add_argument("--search", choices=("exact", "ivf"), default="exact", help="of distractors; ivf is FAISS's")
     parser.add_argument("--out", type=str, required=True, help="folder for results.json, report.html and figures")
@@ -38,7 +40,7 @@ def lfw(argv: Sequence[str]) -> None:
     if args.images is not None and args.bin is not None:
         raise ValueError("facetrain lfw: expected --images or --bin, got both")
     request, out = _request(args, convention=args.convention), Path(args.out)
-    lists = (args.pairs, args.blufr, args.view1, args.open_set_people, args.bootstrap, args.distractors)
+    lists = (args.pairs, args.blufr, args.view1, args.open_set_people, args.bootstrap, args.distractors, args.groups)
     if args.bin is not None and any(lists):
         raise ValueError("--bin: holds its own pairs of unknown people; no lists, --bootstrap or --distractors")
     from facetrain import evaluate
@@ -52,7 +54,7 @@ def lfw(argv: Sequence[str]) -> None:
     if args.embeddings is not None:
         evaluate.evaluate_embeddings(Path(args.embeddings), images, distractors, request, out, device=args.device)
         return
-    checkpoints, options = [Path(path) for path in args.checkpoint], _embed_options(args)
+    checkpoints, options = [Path(path) for path in args.checkpoint], embed_options(args)
     if args.bin is not None:
         evaluate.evaluate_bin(checkpoints, Path(args.bin), options, request, out)
     else:
@@ -64,7 +66,8 @@ def compare(argv: Sequence[str]) -> None:
     parser = new_parser("facetrain compare", "Compare two embeddings of one set on the same lists.")
     parser.add_argument("a", type=str, help=".npz with names and embeddings, or what --checkpoint of lfw takes")
     parser.add_argument("b", type=str, help="the other one; a difference is B - A")
-    _add_embedding_flags(parser)
+    parser.add_argument("--images", nargs="+", type=str, help="folder of Name/Name_0001.jpg, or tars; shown in reports")
+    add_embedding_flags(parser)
     _add_protocol_flags(parser)
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of people for the intervals")
     parser.add_argument("--out", type=str, help="folder for compare.json, which names everybody on whom they differ")
@@ -75,18 +78,7 @@ def compare(argv: Sequence[str]) -> None:
     request = _request(args)
     from facetrain.evaluate import compare_files
 
-    compare_files(*files, images, _embed_options(args), request, Path(args.out) if args.out else None)
-
-
-def _add_embedding_flags(parser: Any) -> None:
-    parser.add_argument("--images", nargs="+", type=str, help="folder of Name/Name_0001.jpg, or tars; shown in reports")
-    parser.add_argument("--landmarks", type=str, help="list of five points per image: align photographs by them")
-    parser.add_argument("--detector", type=str, help="face_detection_yunet.onnx: align photographs by what it finds")
-    parser.add_argument("--no-mirror", action="store_true", help="don't add the embedding of the mirrored image")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one")
-    parser.add_argument("--onnx-mean", type=float, default=127.5, help="ONNX input is (pixel - mean) / std")
-    parser.add_argument("--onnx-std", type=float, default=127.5, help="ONNX input is (pixel - mean) / std")
-    parser.add_argument("--onnx-colour", choices=("rgb", "bgr"), default="rgb", help="order of channels of ONNX input")
+    compare_files(*files, images, embed_options(args), request, Path(args.out) if args.out else None)
 
 
 def _add_protocol_flags(parser: Any) -> None:
@@ -128,24 +120,10 @@ def _request(args: Any, convention: Literal["exact", "insightface"] = "exact") -
         open_set_people=Path(args.open_set_people) if args.open_set_people else None,
         closed_lists=(Path(args.closed_gallery), Path(args.closed_probes)) if args.closed_gallery else None,
         blufr=Path(args.blufr) if args.blufr else None,
+        groups=Path(args.groups) if getattr(args, "groups", None) else None,
         draws=args.draws,
         bootstrap=args.bootstrap,
         convention=convention,
         dataset=name if args.dataset is None else args.dataset,
         seed=args.seed,
-    )
-
-
-def _embed_options(args: Any) -> "EmbedOptions":
-    if args.landmarks is not None and args.detector is not None:
-        raise ValueError("--landmarks, --detector: expected one of them, got both")
-    from facetrain.models.onnx_backbone import OnnxInput
-    from facetrain.networks import EmbedOptions
-
-    return EmbedOptions(
-        mirror=not args.no_mirror,
-        device=args.device,
-        onnx=OnnxInput(mean=args.onnx_mean, std=args.onnx_std, colour=args.onnx_colour),
-        landmarks=Path(args.landmarks) if args.landmarks else None,
-        detector=Path(args.detector) if args.detector else None,
     )

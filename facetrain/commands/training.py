@@ -60,11 +60,13 @@ def sync(argv: Sequence[str]) -> None:
     """Send MLflow what it lacks of a run."""
     parser = new_parser("facetrain sync", "Send to MLFLOW_TRACKING_URI what couldn't be sent while training.")
     parser.add_argument("run", type=str, help="run folder")
-    run_dir = Path(parse_arguments(parser, argv).run)
+    parser.add_argument("--register", type=str, help="send the model too, and register it under this name")
+    args = parse_arguments(parser, argv)
+    run_dir = Path(args.run)
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run folder")
     from facetrain.lock import hold_folder
     from facetrain.tracking import sync
 
     with hold_folder(run_dir):  # a running job sends by itself
-        say(f"{run_dir}: MLflow has everything: {sync(run_dir)}")
+        say(f"{run_dir}: MLflow has everything: {sync(run_dir, register_as=args.register)}")

@@ -38,3 +38,14 @@ class TrackingConfig:
     """MLflow experiment."""
     run_name: str | None = None
     """MLflow run name; null takes the name of the run folder."""
+    sweep: str | None = None
+    """Name of the MLflow run under which this one stands, made by the first run that names it."""
+    register_as: str | None = None
+    """Name under which MLflow registers the trained model, once the run is finished."""
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        for key in ("sweep", "register_as"):
+            name = getattr(self, key)
+            if name is not None and (not name or set("/:'") & set(name)):
+                raise ValueError(f"tracking.{key}: expected a name without / : and ', got '{name}'")

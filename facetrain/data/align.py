@@ -55,7 +55,10 @@ class FaceAligner:
         Raises:
             ValueError: The bytes are no image.
         """
-        photograph = decode_photograph(data, name)
+        return self.align_photograph(decode_photograph(data, name), name)
+
+    def align_photograph(self, photograph: Image, name: str) -> Image:
+        """Return the aligned face of a decoded photograph, uint8 [112, 112, 3], RGB."""
         points = self._find(photograph, name)
         to_template = similarity(points) if points is not None else None
         if to_template is None:

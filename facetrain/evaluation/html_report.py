@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from facetrain import __version__
-from facetrain.evaluation.html_page import Html, box, folded, page, picture, section, text
+from facetrain.evaluation.groups import group_rows
+from facetrain.evaluation.html_page import Html, box, folded, page, picture, section, table, text
 from facetrain.evaluation.html_tables import (
     DIR_NAME,
     PUBLISHED_CLOSED_SET,
@@ -76,6 +77,10 @@ def _sections(evaluation: Evaluation, figures: list[Html], read_picture: ReadPic
     verification += view1_table(evaluation.view1) if evaluation.view1 else []
     if verification:
         yield section("Verification", *verification)
+    if evaluation.groups:
+        head, *rows = group_rows(evaluation.groups)
+        note = text("Pairs within a group that are accepted at the one threshold of the whole set.", css="quiet")
+        yield section("Groups", note, table(head, rows))
     if evaluation.closed or evaluation.open:
         crowd = evaluation.distractors
         about = [text(f"With distractors: {crowd.describe()}.")] if crowd else []

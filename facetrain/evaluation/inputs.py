@@ -1,17 +1,25 @@
 """What an evaluation reads: image names, embeddings, lists of pairs and of people, all checked before use."""
 
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 ImageKey = tuple[str, int]
 """A person's name and the number of one of their images: ("Aaron_Peirsol", 2) is Aaron_Peirsol_0002."""
+
+_DAMAGED_NPZ = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, AttributeError, TypeError),
+    *(NotImplementedError, RuntimeError, MemoryError, OverflowError),
+)
+"""What zipfile and numpy were seen to raise, or say they do, for files that aren't what they seem."""
 
 _NAME = re.compile(r"(?:.*[/\\])?(?P<person>[^/\\]+)_(?P<number>\d+)(?:\.\w+)?")
 
@@ -245,16 +253,7 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
     Raises:
         ValueError: not an npz, truncated, a key missing, or arrays of other types and shapes.
     """
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz file, or truncated")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("names", "embeddings")}
-    except KeyError as error:
-        raise ValueError(f"{path}: expected the arrays 'names' and 'embeddings'; {error.args[0]}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError, TypeError) as error:
-        hint = " (rows whose widths differ are stored as objects)" if "Object arrays" in str(error) else ""
-        raise ValueError(f"{path}: not a readable .npz file: {error}{hint}") from None
+    arrays = read_npz(path, ("names", "embeddings"))
     names, embeddings = arrays["names"], arrays["embeddings"]
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"{path}: expected 'names' to be a list of strings, got {names.dtype} {names.shape}")
@@ -262,6 +261,28 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
         expected = f"floats [{len(names)}, D], one row a name"
         raise ValueError(f"{path}: expected 'embeddings' to be {expected}, got {embeddings.dtype} {embeddings.shape}")
     return tuple(names.tolist()), embeddings.astype(np.float32)
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Read arrays from an .npz file; nothing in it is ever unpickled.
+
+    Raises:
+        ValueError: not an npz, damaged, or a key missing; the message names the file.
+        OSError: the file can't be opened.
+    """
+    with open(path, "rb") as stream:
+        if not zipfile.is_zipfile(stream):
+            raise ValueError(f"{path}: not an .npz file, or truncated")
+        stream.seek(0)
+        try:
+            with np.load(stream, allow_pickle=False) as file:
+                return {key: file[key] for key in keys}
+        except KeyError as error:
+            expected = " and ".join(f"'{key}'" for key in keys)
+            raise ValueError(f"{path}: expected the arrays {expected}; {error.args[0]}") from None
+        except _DAMAGED_NPZ as error:
+            hint = " (rows whose widths differ are stored as objects)" if "Object arrays" in str(error) else ""
+            raise ValueError(f"{path}: not a readable .npz file: {error}{hint}") from None
 
 
 def _pair_list(path: Path, lines: Sequence[str], num_folds: int, pairs_per_fold: int) -> PairList:

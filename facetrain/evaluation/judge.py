@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Judgement:
     """Verification of held-out identities by its keys, such as `accuracy`; empty where none are held out."""
     evaluation: Evaluation | None
     """The evaluation set; None where none is configured."""
+    heldout_thresholds: Mapping[str, float] = field(default_factory=dict)
+    """Score at which held-out impostor pairs are accepted at a FAR, by the FAR's name."""
 
     def metrics(self) -> dict[str, float]:
         """Return every figure under its metric name, such as `heldout/accuracy`, `lfw/verification/accuracy`."""
@@ -46,9 +48,12 @@ class Judgement:
         return {f"heldout/{key}": value for key, value in self.heldout.items()} | of_set
 
     def results(self) -> dict[str, Any]:
-        """Return every figure as results.json holds it: protocol -> key -> fraction or count."""
+        """Return every figure as results.json holds it: protocol -> key -> fraction or count; and thresholds."""
         of_set = self.evaluation.results if self.evaluation else {}
-        return of_set | ({"heldout": dict(self.heldout)} if self.heldout else {})
+        thresholds = self.evaluation.thresholds if self.evaluation else {}
+        if self.heldout:
+            thresholds = {"heldout": dict(self.heldout_thresholds)} | thresholds
+        return of_set | ({"heldout": dict(self.heldout)} if self.heldout else {}) | {"thresholds": thresholds}
 
     def summary(self) -> str:
         """Return the figures that a log line has room for."""
@@ -135,12 +140,14 @@ class Judge:
 
     def _compute(self, scores: NDArray[np.float32] | None, embeddings: NDArray[np.float32] | None) -> Judgement:
         heldout: Mapping[str, float] = {}
+        thresholds: Mapping[str, float] = {}
         if scores is not None and self.heldout is not None:
-            heldout = verify(scores, self.heldout.is_genuine, self.heldout.fold).figures()
+            verification = verify(scores, self.heldout.is_genuine, self.heldout.fold)
+            heldout, thresholds = verification.figures(), verification.thresholds()
         evaluation = None
         if embeddings is not None and self.faces is not None:
             evaluation = evaluate(self.faces.names, embeddings, _request(self.config))
-        return Judgement(heldout=heldout, evaluation=evaluation)
+        return Judgement(heldout=heldout, evaluation=evaluation, heldout_thresholds=thresholds)
 
 
 def open_evaluation_set(config: Config) -> FaceSource:

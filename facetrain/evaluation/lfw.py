@@ -14,11 +14,12 @@ from facetrain.evaluation.blufr import BlufrOutcome, blufr_figures, run_blufr
 from facetrain.evaluation.bootstrap import interval, people_figures, resample
 from facetrain.evaluation.conventions import InsightFaceFigures, insightface_figures
 from facetrain.evaluation.distractors import DistractorScores
+from facetrain.evaluation.groups import GroupFigures, group_figures
 from facetrain.evaluation.identification import ClosedSet, Embeddings, OpenSet
 from facetrain.evaluation.inputs import FaceSet, PairList, image_name, unit_vectors
 from facetrain.evaluation.lists import LFW_PEOPLE, Lists, Request, read_lists
 from facetrain.evaluation.protocols import CannotRunError
-from facetrain.evaluation.threshold import num_allowed
+from facetrain.evaluation.threshold import num_allowed, thresholds
 from facetrain.evaluation.verification import Verification, View1, verify, verify_view1
 
 OPEN_SET_FAR = 1e-2
@@ -54,6 +55,8 @@ class Evaluation:
     """By `protocol/figure`: the 95% interval over people, where asked for."""
     not_aligned: tuple[str, ...] | None = None
     """Images whose face wasn't found and whose centre was taken instead; None where images came aligned."""
+    groups: tuple[GroupFigures, ...] = ()
+    """Verification of groups of people, where attributes were given."""
     distractors: DistractorScores | None = None
     """The crowd that is in every gallery; None where there is none."""
 
@@ -79,11 +82,23 @@ class Evaluation:
         for key, bounds in self.intervals.items():
             *path, figure = key.split("/")
             reduce(getitem, path, results)[f"{figure}_ci95"] = list(bounds)
+        for people in self.groups:
+            of_attribute = results.setdefault("groups", {}).setdefault(people.attribute, {})
+            of_attribute[people.value] = people.figures()
         if self.not_aligned is not None:
             results["alignment"] = {"images": self.num_images, "not_found": len(self.not_aligned)}
         if self.distractors:
             results["distractors"] = self.distractors.figures()
         return results
+
+    @property
+    def thresholds(self) -> dict[str, dict[str, float]]:
+        """The thresholds of some FARs, for whoever decides by them: protocol -> FAR -> score, the mean of draws."""
+        found = {"verification": self.verification.thresholds()} if self.verification else {}
+        for name, draws in self.open.items():
+            each = [thresholds(draw.impostor_scores) for draw in draws]
+            found[name] = {far: float(np.mean([one[far] for one in each])) for far in each[0]}
+        return found
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
@@ -132,6 +147,9 @@ def evaluate(
         rows_n2 = lists.pairs.rows(faces)
         pair_people = faces.person[rows_n2]
         verification, insightface = _verify(embeddings, rows_n2, lists.pairs, request.convention)
+    groups: tuple[GroupFigures, ...] = ()
+    if verification and lists.pairs and lists.groups:
+        groups = group_figures(verification, lists.pairs, lists.groups, faces)
     intervals = {}
     if request.bootstrap:
         figures = people_figures(verification, lists.pairs, pair_people, closed, opened, OPEN_SET_FAR)
@@ -151,6 +169,7 @@ def evaluate(
         view1=_view1(embeddings, *lists.view1, faces) if lists.view1 else None,
         blufr=run_blufr(faces, embeddings, lists.blufr) if lists.blufr else (),
         intervals=intervals,
+        groups=groups,
         distractors=distractors,
     )
 

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from facetrain.evaluation.blufr import BlufrTrial, read_blufr
+from facetrain.evaluation.groups import Groups, read_groups
 from facetrain.evaluation.inputs import (
     FaceSet,
     PairList,
@@ -37,6 +38,8 @@ class Request:
     """Gallery and probes of closed-best-rowden, one image name a line."""
     blufr: Path | None = None
     """The trials of BLUFR, blufr_lfw_config.mat."""
+    groups: Path | None = None
+    """Attributes of people, a CSV, for verification of groups apart."""
     draws: int = 1
     """Random choices in open-best-rowden and closed-surrogate, for mean and std; 1 holds out the lowest-numbered images
     in open-best-rowden, and draws the others of closed-surrogate ten times."""
@@ -53,6 +56,8 @@ class Request:
         """Check the bounds."""
         if self.draws < 1:
             raise ValueError(f"draws: expected 1 or more, got {self.draws}")
+        if self.groups and not self.pairs:
+            raise ValueError(f"groups: {self.groups} goes with a list of pairs")
         if self.bootstrap < 0 or 0 < self.bootstrap < 100:
             raise ValueError(f"bootstrap: expected 0 (off) or 100 resamples or more, got {self.bootstrap}")
 
@@ -69,6 +74,7 @@ class Lists:
     closed: tuple[Mask, Mask] | None
     """bool [n] each, gallery and probes of closed-best-rowden."""
     blufr: tuple[BlufrTrial, ...] | None
+    groups: Groups | None
 
 
 def read_lists(names: Sequence[str], request: Request) -> Lists:
@@ -95,6 +101,7 @@ def read_lists(names: Sequence[str], request: Request) -> Lists:
         listed=_read_listed(request.open_set_people, faces, is_lfw=is_lfw) if request.open_set_people else None,
         closed=_read_closed(*request.closed_lists, faces, is_lfw=is_lfw) if request.closed_lists else None,
         blufr=_read_blufr(request.blufr, faces, is_lfw=is_lfw) if request.blufr else None,
+        groups=read_groups(request.groups, faces) if request.groups else None,
     )
 
 

@@ -14,6 +14,7 @@ from facetrain.evaluation.blufr import BlufrOutcome, blufr_figures
 from facetrain.evaluation.conventions import InsightFaceFigures
 from facetrain.evaluation.distractors import DistractorScores
 from facetrain.evaluation.figures import save_figures
+from facetrain.evaluation.groups import group_rows
 from facetrain.evaluation.html_report import ReadPicture, write_html
 from facetrain.evaluation.identification import ClosedSet, OpenSet
 from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation, evaluate
@@ -48,7 +49,7 @@ def report_to_folder(
 ) -> None:
     """Print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`."""
     # First what took hours to compute.
-    write_results(evaluation.results, out)
+    write_results(evaluation.results | {"thresholds": evaluation.thresholds}, out)
     sys.stdout.write(format_table(evaluation))
     sys.stdout.flush()
     write_report(evaluation, out, subject=subject, read_picture=read_picture)
@@ -91,6 +92,7 @@ def format_table(evaluation: Evaluation) -> str:
     blocks = [
         [head, *_alignment_lines(evaluation)],
         _verification_lines(evaluation.verification) if evaluation.verification else [],
+        aligned(list(group_rows(evaluation.groups))) if evaluation.groups else [],
         _insightface_lines(evaluation.insightface) if evaluation.insightface else [],
         _view1_lines(evaluation.view1) if evaluation.view1 else [],
         _closed_lines(evaluation) if evaluation.closed else [],

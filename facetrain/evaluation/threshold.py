@@ -1,12 +1,18 @@
 """The one rule that turns a false accept rate into a threshold, for verification and identification alike."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
+
+THRESHOLD_FARS: Mapping[str, float] = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3}
+"""False accept rates whose thresholds stand in results, by the name they have in metric keys."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,38 @@ def at_threshold(impostor_scores: FloatArray, threshold: float) -> OperatingPoin
         num_tied=int(np.count_nonzero(impostor_scores == exact)),
         num_impostors=len(impostor_scores),
     )
+
+
+def thresholds(impostor_scores: FloatArray) -> dict[str, float]:
+    """Return the threshold of each of THRESHOLD_FARS that the impostor scores resolve, by the FAR's name."""
+    return {
+        name: at_far(impostor_scores, far).threshold
+        for name, far in THRESHOLD_FARS.items()
+        if far >= 1 / max(len(impostor_scores), 1)
+    }
+
+
+def threshold_from_results(file: Path, far: float, protocol: str | None = None) -> tuple[float, str]:
+    """Read the threshold of a false accept rate from a results.json.
+
+    Args:
+        file: Written by an evaluation.
+        far: One of THRESHOLD_FARS.
+        protocol: A key of the file; null takes the first of open-best-rowden, heldout and verification that has one.
+
+    Returns:
+        The threshold, a cosine, and its protocol.
+
+    Raises:
+        ValueError: There is no such threshold; the message says which there are.
+    """
+    try:
+        found: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8"))["thresholds"]
+        there = ", ".join(f"{name} at FAR {', '.join(rates)}" for name, rates in found.items()) or "none"
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: expected the results.json of an evaluation, with thresholds: {error}") from None
+    wanted = next((name for name, rate in THRESHOLD_FARS.items() if math.isclose(rate, far)), "")
+    for name in [protocol] if protocol else ["open-best-rowden", "heldout", "verification"]:
+        if wanted in found.get(name, {}):
+            return float(found[name][wanted]), name
+    raise ValueError(f"{file}: no threshold for FAR {far:g}{f' of {protocol}' if protocol else ''}; there is: {there}")

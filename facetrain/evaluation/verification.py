@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from facetrain.evaluation.threshold import AcceptRate, FloatArray, at_far
+from facetrain.evaluation.threshold import AcceptRate, FloatArray, at_far, thresholds
 
 FARS: Mapping[str, float] = {"1e-2": 1e-2, "1e-3": 1e-3}
 """False accept rates at which VR is reported, by the name they have in metric keys."""
@@ -58,6 +58,10 @@ class Verification:
         """Return the figures by their metric keys; a VR whose FAR can't be resolved has no key."""
         rates = {f"vr_at_far_{name}": rate.value for name, rate in self.vr_at_far.items()}
         return {"accuracy": self.accuracy, "se": self.se, "std": self.std, **rates, "eer": self.eer, "auc": self.auc}
+
+    def thresholds(self) -> dict[str, float]:
+        """Return the threshold of each FAR of THRESHOLD_FARS that the impostor pairs resolve."""
+        return thresholds(self.scores[~self.is_genuine])
 
 
 @dataclass(frozen=True)

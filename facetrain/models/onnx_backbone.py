@@ -1,5 +1,6 @@
 """Networks from anywhere as ONNX files. Sole importer of onnxruntime, which is optional."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from facetrain.config import DataConfig
+
+ONNX_DATA_KEY = "facetrain.data"
+"""Metadata of an ONNX file of ours: what images go through before the network, as JSON of keys of the section data."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +47,45 @@ class OnnxBackbone(nn.Module):
         self._session = _open(file)
         inputs = self._session.get_inputs()
         shape = inputs[0].shape
+        self._takes_bytes = inputs[0].type == "tensor(uint8)"
+        if self._takes_bytes and len(shape) == 4:  # channels last
+            shape = [shape[0], shape[3], *shape[1:3]]
         square = len(shape) == 4 and shape[2] == shape[3] and isinstance(shape[2], int)
         if len(inputs) != 1 or not square or shape[1] not in (1, 3):
             raise ValueError(
                 f"{file}: expected one input [B, 1 or 3, H, H] of fixed H, got {[i.shape for i in inputs]}"
             )
-        self._file, self._input, self._pixels = file, inputs[0].name, pixels
+        stated = self._session.get_modelmeta().custom_metadata_map.get(ONNX_DATA_KEY)
+        self._file, self._input, self._pixels = file, inputs[0].name, OnnxInput() if stated else pixels
         self._batch = shape[0] if isinstance(shape[0], int) else None
         self.channels: int = shape[1]
         self.image_px: int = shape[2]
+        self.data = self._stated_data(stated) if stated else self._guessed_data()
+        """What images go through before the network."""
+
+    def _guessed_data(self) -> DataConfig:
+        return DataConfig(image_px=self.image_px, colour="rgb" if self.channels == 3 else "grey")
+
+    def _stated_data(self, stated: str) -> DataConfig:
+        """Read what `facetrain export` has written."""
+        try:
+            return DataConfig(**json.loads(stated))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._file}: damaged metadata {ONNX_DATA_KEY}: {error}") from None
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Embed a batch as `network_input` makes it, in [-1, 1]; float32 [B, D] on the device of the images."""
+        if self._takes_bytes:
+            pixels = (images_BCHW.float() * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+            return self._run_blocks(pixels).to(images_BCHW.device, torch.float32)
         pixels = (images_BCHW.float() * 127.5 + (127.5 - self._pixels.mean)) / self._pixels.std
         if self._pixels.colour == "bgr":
             pixels = pixels.flip(1)
+        return self._run_blocks(pixels).to(images_BCHW.device, torch.float32)
+
+    def _run_blocks(self, pixels: Tensor) -> Tensor:
         blocks = pixels.cpu().contiguous().split(self._batch or len(pixels))
-        embeddings_BD = torch.cat([self._run(block) for block in blocks])
-        return embeddings_BD.to(images_BCHW.device, torch.float32)
+        return torch.cat([self._run(block) for block in blocks])
 
     def _run(self, block_bCHW: Tensor) -> Tensor:
         """Embed as many images as the network takes at once, or fewer."""

@@ -20,12 +20,20 @@ def environment_tags() -> dict[str, str]:
         "world_size": os.environ.get("WORLD_SIZE", "1"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    for tag, command in {"git_commit": "git rev-parse HEAD", "git_changes": "git status --porcelain"}.items():
-        try:
-            done = subprocess.run(
-                command.split(), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            continue
-        tags[tag] = done.stdout.strip()[:5000]
-    return tags
+    git = {"git_commit": git_commit(), "git_changes": _git("status --porcelain")[:5000]}
+    return tags | {tag: value for tag, value in git.items() if value or git["git_commit"]}
+
+
+def git_commit() -> str:
+    """Return the revision of this package where it is a checkout; else nothing."""
+    return _git("rev-parse HEAD")
+
+
+def _git(command: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *command.split()], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -1,16 +1,19 @@
-"""Sending a run's outbox to MLflow, each figure once. Sole importer of mlflow."""
+"""Sending a run's outbox to MLflow, each figure once. Sole importer of mlflow, with mlflow_model."""
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from facetrain.masking import mask_secrets
+from facetrain.tracking.mlflow_model import MODEL_NAME
 from facetrain.tracking.outbox import Outbox
 
 _KEY_TAG = "facetrain.key"
+_SWEEP_TAG = "facetrain.sweep"
 _BATCH = 100
 """Parameters or tags that MLflow takes in one request."""
 
@@ -81,8 +84,19 @@ class MlflowStore:
         found = self._client.search_runs([experiment], filter_string=f"tags.`{_KEY_TAG}` = '{kept.key}'")
         if found:
             return str(found[0].info.run_id)
-        run = self._client.create_run(experiment, run_name=kept.run_name, tags={_KEY_TAG: kept.key})
-        return str(run.info.run_id)
+        tags = {_KEY_TAG: kept.key}
+        if kept.sweep:
+            tags["mlflow.parentRunId"] = self._parent_id(experiment, kept.sweep)
+        return str(self._client.create_run(experiment, run_name=kept.run_name, tags=tags).info.run_id)
+
+    def _parent_id(self, experiment: str, sweep: str) -> str:
+        """Return the id of a sweep's parent run, made by the first of its runs."""
+        found = self._client.search_runs([experiment], filter_string=f"tags.`{_SWEEP_TAG}` = '{sweep}'")
+        if found:
+            return str(found[0].info.run_id)
+        parent = str(self._client.create_run(experiment, run_name=sweep, tags={_SWEEP_TAG: sweep}).info.run_id)
+        self._client.set_terminated(parent)
+        return parent
 
     def _experiment_id(self, name: str) -> str:
         """Return MLflow's experiment of that name, made where there is none."""
@@ -117,12 +131,25 @@ class MlflowStore:
 
     def _send_artifact(self, name: str) -> None:
         path, run_id = self._outbox.run_dir / name, self._outbox.contents.run_id
-        if path.is_dir():
+        if name == MODEL_NAME and path.is_dir():
+            self._send_model(path)
+        elif path.is_dir():
             self._client.log_artifacts(run_id, str(path), path.name)
         elif path.suffix == ".yaml":
             self._client.log_text(run_id, mask_secrets(path.read_text(encoding="utf-8")), path.name)
         elif path.is_file():
             self._client.log_artifact(run_id, str(path))
+
+    def _send_model(self, folder: Path) -> None:
+        """Send the model, register it where that is asked for, and remove it here: the weights are there already."""
+        run_id, name = self._outbox.contents.run_id, self._outbox.contents.register_as
+        self._client.log_artifacts(run_id, str(folder), MODEL_NAME)
+        if name:
+            if not self._client.search_registered_models(f"name = '{name}'"):
+                self._client.create_registered_model(name)
+            if not self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+                self._client.create_model_version(name, f"runs:/{run_id}/{MODEL_NAME}", run_id=run_id)
+        shutil.rmtree(folder)
 
     def _send_status(self, status: str) -> None:
         run_id = self._outbox.contents.run_id

@@ -45,6 +45,10 @@ class Contents:
     """RUNNING, FINISHED, FAILED or KILLED."""
     sent_status: str = ""
     """The status that MLflow knows."""
+    sweep: str = ""
+    """Name of the parent run; empty where there is none."""
+    register_as: str = ""
+    """Name under which the model is registered when it is sent; empty registers none."""
 
 
 class Outbox:
@@ -72,16 +76,24 @@ class Outbox:
 
     @classmethod
     def start(
-        cls, run_dir: Path, *, experiment: str, run_name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]
+        cls,
+        run_dir: Path,
+        *,
+        experiment: str,
+        run_name: str,
+        parameters: Mapping[str, Any],
+        tags: Mapping[str, str],
+        sweep: str = "",
+        register_as: str = "",
     ) -> "Outbox":
         """Make the outbox of a run that begins, or take up that of one that goes on, which keeps its parameters."""
         if (run_dir / _OUTBOX_FILE).is_file():
             outbox = cls.open(run_dir)
         else:
             masked = {key: mask_secrets(str(value)) for key, value in parameters.items()}
-            outbox = cls(run_dir, Contents(experiment=experiment, run_name=run_name, parameters=masked))
+            outbox = cls(run_dir, Contents(experiment=experiment, run_name=run_name, parameters=masked, sweep=sweep))
             (run_dir / _OUTBOX_FILE).parent.mkdir(exist_ok=True)
-        outbox.update(tags=dict(tags), is_described=False, status="RUNNING", sent_status="")
+        outbox.update(tags=dict(tags), is_described=False, status="RUNNING", sent_status="", register_as=register_as)
         return outbox
 
     def update(self, **changes: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from facetrain.config import TrackingConfig
 from facetrain.masking import mask_secrets
 from facetrain.tracking.environment import environment_tags
+from facetrain.tracking.mlflow_model import write_model
 from facetrain.tracking.mlflow_store import MlflowStore
 from facetrain.tracking.outbox import METRICS_FILE, Outbox
 from facetrain.world import World
@@ -27,6 +28,8 @@ RETRY_AFTER_S = 30.0
 """Seconds for which MLflow is left alone after a failure."""
 CLOSE_WAIT_S = 30.0
 """Seconds that the end of a run waits for the last figures and files to arrive."""
+MAX_NOTE = 5000
+"""Characters of a description that MLflow takes."""
 
 
 class Tracker:
@@ -51,7 +54,13 @@ class Tracker:
             try:
                 name, tags = config.run_name or run_dir.name, environment_tags()
                 outbox = Outbox.start(
-                    run_dir, experiment=config.experiment, run_name=name, parameters=parameters, tags=tags
+                    run_dir,
+                    experiment=config.experiment,
+                    run_name=name,
+                    parameters=parameters,
+                    tags=tags,
+                    sweep=config.sweep or "",
+                    register_as=config.register_as or "",
                 )
                 self._sender = _Sender(MlflowStore(outbox), outbox)
             except (ImportError, ValueError, OSError) as error:
@@ -67,10 +76,25 @@ class Tracker:
         if self._sender is not None:
             self._sender.wake()
 
+    def describe(self, text: str) -> None:
+        """Record the description that stands at the head of the run's page, in Markdown."""
+        if self._sender is not None:
+            self._sender.add_tag("mlflow.note.content", text[:MAX_NOTE])
+
     def artifacts(self, *paths: Path) -> None:
         """Record files and folders of the run; those that don't exist are left out."""
         if self._sender is not None:
             self._sender.add_artifacts([path for path in paths if path.exists()])
+
+    def model(self, run_dir: Path) -> None:
+        """Record the network of a finished run in MLflow's pyfunc form, and register it where the config says so."""
+        if self._sender is None:
+            return
+        try:
+            # Here, not in the thread: a process that ends while that one imports pandas is aborted.
+            self._sender.add_artifacts([write_model(run_dir)])
+        except Exception as error:  # whatever MLflow, pandas or a full disk can raise: the run itself is whole
+            log.warning(f"MLflow gets no model ({error}); `facetrain sync {run_dir} --register NAME` tries again")
 
     def finish(self, *, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End MLflow's run, after what is left to send or a while; a continued job opens it again."""
@@ -124,6 +148,14 @@ class _Sender:
             log.warning(f"{error}; MLflow gets no more files of this run")
         self.wake()
 
+    def add_tag(self, key: str, value: str) -> None:
+        """Ask for a tag to be sent."""
+        try:
+            self.outbox.update(tags={**self.outbox.contents.tags, key: value}, is_described=False)
+        except OSError as error:
+            log.warning(f"{error}; MLflow won't learn the {key} of this run")
+        self.wake()
+
     def close(self, status: str) -> None:
         """Send what is left, wait for it a while, and say so if something stays behind; again does nothing."""
         if self._is_closing:
@@ -164,14 +196,23 @@ class _Sender:
             self._is_failing = False
 
 
-def sync(run_dir: Path) -> str:
+def sync(run_dir: Path, *, register_as: str | None = None) -> str:
     """Send what MLflow lacks of a run, and return where it went.
+
+    Args:
+        run_dir: The run folder.
+        register_as: Send the model too, and register it under this name.
 
     Raises:
         ValueError: The folder holds no run with tracking.backend=mlflow.
         OSError: MLflow can't be reached or refuses; nothing is lost.
     """
     outbox = Outbox.open(run_dir)
+    if register_as is not None:
+        if not (run_dir / "model.safetensors").is_file():
+            raise ValueError(f"--register: {run_dir} is not finished, it has no model.safetensors")
+        outbox.update(register_as=register_as)
+        outbox.add_artifact(write_model(run_dir))
     store = MlflowStore(outbox)
     try:
         store.send()

@@ -28,7 +28,8 @@ def test_folder_holds_results_and_figures(tmp_path: Path, draws: int) -> None:
     figures = [f"figures/{name}.png" for name in ("cmc", "det", "dir_over_far", "open_scores", "roc", "scores")]
     assert written == [*figures, "report.html", "results.json"]
     assert all(file.read_bytes().startswith(PNG) for file in (tmp_path / "out" / "figures").iterdir())
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == evaluation.results
+    written_results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written_results == evaluation.results | {"thresholds": evaluation.thresholds}
 
 
 def test_a_protocol_that_was_not_run_has_no_figure(tmp_path: Path) -> None:

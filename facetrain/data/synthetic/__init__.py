@@ -3,6 +3,6 @@
 Path of an image: traits (who) and capture (how) -> face (features and covers drawn on a canvas) -> dataset (files).
 """
 
-from facetrain.data.synthetic.dataset import SyntheticSummary, synthesize
+from facetrain.data.synthetic.dataset import SyntheticSummary, draw_somebody, synthesize
 
-__all__ = ["SyntheticSummary", "synthesize"]
+__all__ = ["SyntheticSummary", "draw_somebody", "synthesize"]

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from facetrain.data.synthetic.face import draw_face
-from facetrain.data.synthetic.traits import draw_capture, draw_traits
+from facetrain.data.synthetic.traits import Capture, Traits, draw_capture, draw_traits
 
 NUM_FOLDS = 10
 MAX_PAIRS_PER_FOLD = 300
@@ -223,8 +223,15 @@ def _draw_person(task: tuple[_Person, int, int]) -> None:
     traits = draw_traits(seed, person.identity)
     for image, name in enumerate(person.names):
         capture = draw_capture(seed, person.identity, image)
-        pixels = draw_face(traits, capture, image_px)
-        _, data = cv2.imencode(
-            ".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(capture.jpeg_quality)]
-        )
-        (person.folder / name).write_bytes(data.tobytes())
+        (person.folder / name).write_bytes(_jpeg(traits, capture, image_px))
+
+
+def draw_somebody(image_px: int) -> bytes:
+    """Return a JPEG of somebody who doesn't exist."""
+    return _jpeg(draw_traits(0, 0), draw_capture(0, 0, 0), image_px)
+
+
+def _jpeg(traits: Traits, capture: Capture, image_px: int) -> bytes:
+    pixels = cv2.cvtColor(draw_face(traits, capture, image_px), cv2.COLOR_RGB2BGR)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, int(capture.jpeg_quality)]
+    return bytes(cv2.imencode(".jpg", pixels, quality)[1].tobytes())

@@ -1,0 +1,196 @@
+"""Embedding any number of images into a file, part by part, so that an interrupted job goes on where it stopped."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facetrain.checkpoint.weights import weights_file
+from facetrain.command_line import say
+from facetrain.config import RunConfig
+from facetrain.data.embeddings_parquet import check_parquet, write_embeddings_parquet
+from facetrain.data.images import ImageSet, open_images
+from facetrain.data.index import part_of
+from facetrain.data.manifest import combined_sha256, write_text
+from facetrain.embed import fitting_batch
+from facetrain.evaluation.inputs import unit_vectors
+from facetrain.lock import hold_folder
+from facetrain.networks import EmbedOptions, Network, Photographs, embed_readable, open_aligner, open_network
+from facetrain.world import World, start_world
+
+PART_IMAGES = 8192
+"""Images of a part: what is lost, at most, when a job is interrupted."""
+_PLAN_FILE = "plan.json"
+_STDIN = Path("-")
+
+
+def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out: Path) -> None:
+    """Embed images over all ranks, and write names and embeddings of unit length.
+
+    Parts are kept in the folder OUT.parts until all are there; another start of the same job goes on from them.
+    Images that can't be read are left out and listed, with the reason, in OUT.unreadable.txt, a line each.
+
+    Args:
+        run: A run folder, .safetensors or .onnx.
+        images: As `open_images` takes them; `-` stands for paths on stdin, one a line.
+        options: How to embed.
+        out: A file: .npz with the arrays `names` and `embeddings`, or .parquet with the columns `name` and `embedding`.
+
+    Raises:
+        ValueError: The weights or a path can't be used, or no image can be read; the message names it.
+    """
+    if out.suffix not in (".npz", ".parquet"):
+        raise ValueError(f"--out: expected a file .npz or .parquet, got {out}")
+    if out.suffix == ".parquet":
+        check_parquet(out)
+    network, aligner = open_network(run, options.onnx), open_aligner(options)
+    on_disk, stdin = [path for path in images if path != _STDIN], _STDIN in images
+    found = None if stdin else open_images(on_disk)  # before the processes meet, where that is possible
+    with start_world(options.device, RunConfig().timeout_s) as world, ExitStack() as held:
+        found = found or open_images(on_disk, world.on_main(_stdin_lines))
+        job = _Job(network, Photographs(found, aligner), options, world)
+        parts = out.with_name(f"{out.name}.parts")
+        world.on_main(lambda: _open_parts(parts, _plan_of(run, found, options), held))
+        job.embed(parts)
+        world.on_main(lambda: _join(parts, found, out, has_aligner=aligner is not None))
+
+
+def _stdin_lines() -> list[str]:
+    return [line.strip() for line in sys.stdin if line.strip()]
+
+
+def network_sha256(file: Path) -> str:
+    """Return the checksum of a network's weights, wherever they lie."""
+    return combined_sha256([file if file.suffix == ".onnx" else weights_file(file)])
+
+
+def _plan_of(run: Path, images: ImageSet, options: EmbedOptions) -> dict[str, object]:
+    """Return what decides the embeddings, to the bit on the same kind of device."""
+    plan = {
+        "images": images.fingerprint(),
+        "network": network_sha256(run),
+        "mirror": options.mirror,
+        "onnx": vars(options.onnx),
+        "part_images": PART_IMAGES,
+    }
+    for name in ("landmarks", "detector"):
+        file = getattr(options, name)
+        plan[name] = combined_sha256([file]) if file else None
+    return plan
+
+
+def _open_parts(parts: Path, plan: dict[str, object], held: ExitStack) -> None:
+    """Make the folder of parts and hold it; parts of another job are removed."""
+    parts.mkdir(parents=True, exist_ok=True)
+    held.enter_context(hold_folder(parts))
+    stored, wanted = parts / _PLAN_FILE, json.dumps(plan)
+    if stored.is_file() and stored.read_text() != wanted:
+        say(f"{parts}: of other images, weights or settings: starts anew")
+        for part in parts.glob("part-*"):
+            part.unlink()
+    write_text(stored, wanted)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One process's share in embedding."""
+
+    network: Network
+    photographs: Photographs[ImageSet]
+    options: EmbedOptions
+    world: World
+
+    def embed(self, parts: Path) -> None:
+        """Write the parts that aren't there yet."""
+        num_images = len(self.photographs.faces.names)
+        data, world = self.network.data, self.world
+        self.network.backbone.to(world.device)
+        shape = (data.image_px, data.image_px, data.channels)
+        batch = fitting_batch(self.network.backbone, shape, world=world, precision=self.network.precision)
+        starts = range(0, num_images, PART_IMAGES)
+        # Rank 0 says which parts are there: another node may see a file of the shared folder later.
+        is_there = world.on_main(lambda: [_part_file(parts, part).is_file() for part in range(len(starts))])
+        for part, start in enumerate(starts):
+            if not is_there[part]:
+                images = range(start, min(start + PART_IMAGES, num_images))
+                self._embed_part(images, _part_file(parts, part), batch, f"embed {part + 1}/{len(starts)}")
+
+    def _embed_part(self, images: range, file: Path, batch_images: int, label: str) -> None:
+        embeddings, unreadable = embed_readable(
+            self.network,
+            self.photographs,
+            images,
+            self.options,
+            self.world,
+            batch_images=batch_images,
+            progress=label,
+        )
+        not_aligned = self.photographs.not_aligned(self.world) or ()
+        self.world.on_main(lambda: _write_part(file, embeddings, unreadable, not_aligned))
+
+
+def _part_file(parts: Path, part: int) -> Path:
+    return parts / f"part-{part:06d}.npz"
+
+
+def _write_part(
+    file: Path, embeddings: NDArray[np.float32], unreadable: dict[int, str], not_aligned: Sequence[str]
+) -> None:
+    aside = part_of(file).with_suffix(".npz")
+    np.savez(
+        aside,
+        embeddings=embeddings,
+        unreadable=np.array(list(unreadable), dtype=np.int64),
+        why=np.array(list(unreadable.values()), dtype=np.str_),
+        not_aligned=np.array(not_aligned, dtype=np.str_),
+    )
+    aside.replace(file)
+
+
+def _join(parts: Path, images: ImageSet, out: Path, *, has_aligner: bool) -> None:
+    """Make one file of the parts, and remove them."""
+    blocks, why, not_aligned = [], dict[int, str](), set[str]()
+    for part in range(-(-len(images.names) // PART_IMAGES)):
+        with np.load(_part_file(parts, part), allow_pickle=False) as content:
+            blocks.append(content["embeddings"])
+            why |= dict(zip(content["unreadable"].tolist(), content["why"].tolist(), strict=True))
+            not_aligned |= set(content["not_aligned"].tolist())
+    list_unreadable(out.with_name(f"{out.name}.unreadable.txt"), images.names, why)
+    kept = [image for image in range(len(images.names)) if image not in why]
+    names = [images.names[image] for image in kept]
+    embeddings = unit_vectors(names, np.concatenate(blocks)[kept])
+    _write_embeddings(out, names, embeddings)
+    shutil.rmtree(parts)
+    missed = f"; faces not found, centre taken instead: {len(not_aligned):,}" if has_aligner else ""
+    say(f"{out}: {len(names):,} embeddings of {embeddings.shape[1]} numbers{missed}")
+
+
+def list_unreadable(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
+    """Write name and reason of each image that can't be read, a line each; no file where all can.
+
+    Raises:
+        ValueError: None can be read.
+    """
+    file.unlink(missing_ok=True)
+    if not why:
+        return
+    write_text(file, "".join(f"{names[image]}\t{why[image]}\n" for image in sorted(why)))
+    if len(why) == len(names):
+        raise ValueError(f"{why[0]}; none of the {len(names):,} images can be read, see {file}")
+    say(f"unreadable images: {len(why):,} of {len(names):,}, listed in {file}")
+
+
+def _write_embeddings(out: Path, names: Sequence[str], embeddings: NDArray[np.float32]) -> None:
+    """Write the file, at once or not at all."""
+    aside = part_of(out).with_suffix(out.suffix)
+    if out.suffix == ".npz":
+        np.savez(aside, names=np.array(names, dtype=np.str_), embeddings=embeddings)
+    else:
+        write_embeddings_parquet(aside, names, embeddings)
+    aside.replace(out)

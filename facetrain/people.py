@@ -1,0 +1,239 @@
+"""Adding people to a gallery, and searching it for faces: what `facetrain index` and `facetrain search` do."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from facetrain.command_line import say
+from facetrain.data.decode import thumbnail
+from facetrain.data.images import open_images
+from facetrain.data.manifest import write_text
+from facetrain.data.sources import open_faces
+from facetrain.embed_files import list_unreadable, network_sha256
+from facetrain.evaluation.inputs import image_key, load_embeddings_npz, unit_vectors
+from facetrain.evaluation.threshold import threshold_from_results
+from facetrain.gallery import GALLERY_FILE, Gallery, Kind
+from facetrain.lock import hold_folder
+from facetrain.networks import EmbedOptions, Photographs, embed_readable, open_aligner, open_network
+from facetrain.search_page import search_page
+from facetrain.world import World
+
+PICTURE_PX = 112
+"""Side of the pictures that a gallery keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faces:
+    """Where faces come from: images that a network embeds, or embeddings."""
+
+    checkpoint: Path | None = None
+    """A run folder, .safetensors or .onnx; None takes that of the gallery."""
+    images: tuple[Path, ...] = ()
+    embeddings: Path | None = None
+    """An .npz with `names` and `embeddings`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """From which score on a face is somebody of the gallery; with neither, nothing is decided."""
+
+    threshold: float | None = None
+    """The score, a cosine."""
+    far: float | None = None
+    """Instead: the false accept rate whose threshold an evaluation has found."""
+    results: Path | None = None
+    """The results.json of that evaluation; None takes that of the run that embeds."""
+    protocol: str | None = None
+    """Of that evaluation; None takes open-best-rowden, or else that of held-out people, or verification."""
+
+    def resolve(self, network: Path | None) -> tuple[float | None, str]:
+        """Return the threshold, None without a decision, and where it comes from.
+
+        Raises:
+            ValueError: The evaluation has no such threshold.
+        """
+        if self.far is None:
+            return self.threshold, "scores alone" if self.threshold is None else f"threshold {self.threshold:.4f}"
+        if self.results is None and network is None:
+            raise ValueError("--far: expected --results, since these embeddings are of no known run")
+        file = self.results or (network or Path()) / "results.json"
+        threshold, protocol = threshold_from_results(file, self.far, self.protocol)
+        return threshold, f"threshold {threshold:.4f}, of {protocol} at FAR {self.far:g} in {file}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Embedded:
+    """The faces that could be read."""
+
+    names: tuple[str, ...]
+    people: tuple[str, ...]
+    """Empty names where they aren't known."""
+    embeddings: NDArray[np.float32]
+    """[n, D], rows of unit length."""
+    pictures: tuple[bytes, ...]
+
+
+def update_gallery(
+    folder: Path, faces: Faces, options: EmbedOptions, *, kind: Kind | None, remove: Collection[str], pictures: bool
+) -> None:
+    """Make a gallery, remove people from it, add some; the gallery on the disk is replaced when all is done.
+
+    The person of an image is its folder; of an embedding the folder in its name, or what `Name_0001` says.
+
+    Args:
+        folder: Of the gallery.
+        faces: What to add; may be nothing.
+        options: How to embed.
+        kind: How it is searched; None keeps what the gallery is, a new one is flat.
+        remove: People to remove, before any are added.
+        pictures: Keep a small picture of each image.
+
+    Raises:
+        ValueError: Something can't be used, or the gallery was made with other weights; the message names it.
+    """
+    is_new = not (folder / GALLERY_FILE).is_file()
+    if is_new and not (faces.images or faces.embeddings):
+        raise ValueError(f"{folder}: no gallery in it; expected --images or --embeddings for a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_folder(folder):
+        gallery = Gallery(kind=kind or "flat") if is_new else Gallery.load(folder)
+        if kind is not None and kind != gallery.kind:
+            raise ValueError(f"--kind: {folder} is {gallery.kind}, got {kind}; make another gallery for that")
+        gallery = gallery.without(remove)
+        if faces.images or faces.embeddings:
+            network = _network_of(gallery, faces)
+            found = _embed(faces, network, options, folder / "unreadable.txt", are_known=True, pictures=pictures)
+            gallery = gallery.with_images(found.names, found.people, found.embeddings, found.pictures)
+            if network:
+                gallery = replace(gallery, network=str(network.absolute()), network_sha256=network_sha256(network))
+        gallery.save(folder)
+    say(f"{folder}: {len(gallery.names):,} images of {len(gallery.persons):,} people, {gallery.kind}")
+
+
+def search_gallery(
+    folder: Path, faces: Faces, options: EmbedOptions, decision: Decision, *, top: int, out: Path | None
+) -> None:
+    """Say of each face who of the gallery it is most like, and whether it is anybody of them.
+
+    Args:
+        folder: Of the gallery.
+        faces: Whom to look for.
+        options: How to embed.
+        decision: When a face is known.
+        top: People listed for each face.
+        out: Folder for search.json and search.html; None prints alone.
+
+    Raises:
+        ValueError: Something can't be used; the message names it.
+    """
+    gallery = Gallery.load(folder)
+    network = _network_of(gallery, faces)
+    known_network = network or (Path(gallery.network) if gallery.network else None)
+    threshold, about = decision.resolve(known_network)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    unreadable = out / "unreadable.txt" if out else None
+    found = _embed(faces, network, options, unreadable, are_known=False, pictures=out is not None)
+    scores, persons = gallery.search(found.embeddings, top)
+    rows = [
+        _row(gallery, name, own_scores, own_persons, threshold)
+        for name, own_scores, own_persons in zip(found.names, scores, persons, strict=True)
+    ]
+    for row in rows:
+        matches = "  ".join(f"{match['person']} {match['score']:.3f}" for match in row["matches"])
+        verdict = {True: "known    ", False: "unknown  ", None: ""}[row["is_known"]]
+        say(f"{row['image']}  {verdict}{matches}")
+    say(about)
+    if out:
+        record = {"gallery": str(folder), "decision": about, "images": rows}
+        write_text(out / "search.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        best = [
+            [gallery.pictures[gallery.best_image(query, person)] for person in some.tolist() if person >= 0]
+            for query, some in zip(found.embeddings, persons, strict=True)
+        ]
+        counts = f"{len(gallery.persons):,} people in {folder}; {about}"
+        write_text(out / "search.html", search_page(rows, found.pictures, best, counts))
+        say(f"pictures  {out / 'search.html'}")
+
+
+def _row(
+    gallery: Gallery, name: str, scores: NDArray[np.float32], persons: NDArray[np.int64], threshold: float | None
+) -> dict[str, Any]:
+    """Return what search.json says of a face."""
+    matches = [
+        {"person": gallery.persons[person], "score": float(score)}
+        for score, person in zip(scores, persons.tolist(), strict=True)
+        if person >= 0
+    ]
+    # Exact, as in evaluation: the threshold is the float32 score of an impostor.
+    is_known = None if threshold is None else bool(len(matches) and scores[0] >= np.float64(threshold))
+    return {"image": name, "is_known": is_known, "matches": matches}
+
+
+def _network_of(gallery: Gallery, faces: Faces) -> Path | None:
+    """Return what embeds the faces, None for embeddings; refuse other weights than the gallery's."""
+    if not faces.images:
+        return None
+    file = faces.checkpoint or (Path(gallery.network) if gallery.network else None)
+    if file is None:
+        raise ValueError("--checkpoint: expected the network that embeds the images")
+    if gallery.network_sha256 and network_sha256(file) != gallery.network_sha256:
+        raise ValueError(f"--checkpoint: {file} has other weights than {gallery.network}, which made the gallery")
+    return file
+
+
+def _embed(
+    faces: Faces,
+    network: Path | None,
+    options: EmbedOptions,
+    unreadable: Path | None,
+    *,
+    are_known: bool,
+    pictures: bool,
+) -> _Embedded:
+    """Embed images or read embeddings; images that can't be read are listed in a file.
+
+    Args:
+        faces: Which.
+        network: What embeds images.
+        options: How.
+        unreadable: The file of the list; None says it on stdout.
+        are_known: Whether images lie in a folder for each person.
+        pictures: Make pictures.
+    """
+    if network is None:
+        assert faces.embeddings is not None
+        names, embeddings = load_embeddings_npz(faces.embeddings)
+        people = tuple(map(_person, names)) if are_known else ("",) * len(names)
+        return _Embedded(names, people, unit_vectors(names, embeddings), (b"",) * len(names))
+    labelled = open_faces(faces.images) if are_known else None
+    if labelled and (left_out := labelled.describe_skipped()):
+        say(left_out)
+    images = labelled or open_images(faces.images)
+    world, opened = World.alone(options.device), open_network(network, options.onnx)
+    photographs = Photographs(images, open_aligner(options))
+    rows = range(len(images.names))
+    embeddings, why = embed_readable(opened, photographs, rows, options, world)
+    if unreadable:
+        list_unreadable(unreadable, images.names, why)
+    else:
+        for row in sorted(why):
+            say(f"unreadable: {why[row]}")
+    kept = [row for row in rows if row not in why]
+    names = tuple(images.names[row] for row in kept)
+    return _Embedded(
+        names,
+        tuple(labelled.identities[row] for row in kept) if labelled else ("",) * len(kept),
+        unit_vectors(names, embeddings[kept]),
+        tuple(thumbnail(images.read(row), PICTURE_PX, images.names[row]) if pictures else b"" for row in kept),
+    )
+
+
+def _person(name: str) -> str:
+    folders = name.split("/")
+    return folders[-2] if len(folders) > 1 else image_key(name)[0]

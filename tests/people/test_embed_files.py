@@ -1,0 +1,161 @@
+"""`facetrain embed`: sources, unreadable images, interruption, ranks."""
+
+import io
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import run as run_command
+
+import facetrain
+from facetrain import embed_files
+from facetrain.cli import main
+from facetrain.data.images import open_images
+from facetrain.evaluation.inputs import load_embeddings_npz
+
+
+def embed(*words: str | Path) -> None:
+    main(["embed", "--device", "cpu", *map(str, words)])
+
+
+@pytest.fixture
+def pictures(synthetic: Path, tmp_path: Path) -> Path:
+    """A folder of photos: two of them deep in it, and one that is none."""
+    folder = tmp_path / "pictures"
+    (folder / "deep" / "er").mkdir(parents=True)
+    for number, path in enumerate(sorted((synthetic / "faces" / "heldout").rglob("*.jpg"))[:5]):
+        shutil.copy(path, folder / ("deep/er" if number < 2 else "") / f"{number}.jpg")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_every_image_below_a_folder_is_embedded_as_the_python_interface_does(
+    pictures: Path, run: Path, tmp_path: Path
+) -> None:
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "e.npz")
+    names, embeddings = load_embeddings_npz(tmp_path / "e.npz")
+    assert names == ("2.jpg", "3.jpg", "4.jpg", "deep/er/0.jpg", "deep/er/1.jpg")
+    expected = facetrain.load(run).embed([pictures / name for name in names])
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.npz", "pictures"]
+
+
+def test_tars_lists_files_and_stdin_hold_the_same_images(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "p.tar", "w") as tar:
+        tar.add(pictures, ".")
+    (tmp_path / "list.txt").write_text("pictures/3.jpg\n\npictures/deep/er/1.jpg\n")
+    monkeypatch.chdir(tmp_path)
+    in_tar, in_list = open_images([tmp_path / "p.tar"]), open_images([tmp_path / "list.txt"])
+    assert in_tar.names == tuple(f"./{name}" for name in open_images([pictures]).names)
+    assert in_list.names == ("pictures/3.jpg", "pictures/deep/er/1.jpg")
+    content = (pictures / "3.jpg").read_bytes()
+    assert in_tar.read(1) == in_list.read(0) == open_images([pictures / "3.jpg"]).read(0) == content
+    assert open_images([], ["pictures/3.jpg"]).read(0) == content
+
+
+def test_images_that_cannot_be_read_are_listed_and_left_out(
+    pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "3.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{pictures}/2.jpg\n{pictures}/3.jpg\n{pictures}/gone.jpg\n"))
+    embed("-", "--checkpoint", run, "--out", tmp_path / "e.npz")
+    names, _ = load_embeddings_npz(tmp_path / "e.npz")
+    assert names == (f"{pictures}/2.jpg",)
+    first, second = (tmp_path / "e.npz.unreadable.txt").read_text().splitlines()
+    assert first.startswith(f"{pictures}/3.jpg\t")
+    assert "expected an image" in first
+    assert second == f"{pictures}/gone.jpg\t{pictures}/gone.jpg: No such file or directory"
+    assert "unreadable images: 2 of 3" in capsys.readouterr().out
+
+
+def test_an_interrupted_job_goes_on_and_ends_as_if_it_had_not_been(
+    pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed_files, "PART_IMAGES", 2)
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "whole.npz")
+    parts, write = [], embed_files._write_part
+
+    def write_and_die(file: Path, *rest: object) -> None:
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        parts.append(file.name)
+        write(file, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embed_files, "_write_part", write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        embed(pictures, "--checkpoint", run, "--out", tmp_path / "cut.npz")
+    torch.distributed.destroy_process_group()  # as the end of the process does
+    assert not (tmp_path / "cut.npz").exists()
+    assert len(parts) == 2
+    parts.clear()
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "cut.npz")
+    assert parts == ["part-000002.npz"]
+    names, embeddings = load_embeddings_npz(tmp_path / "cut.npz")
+    whole_names, whole = load_embeddings_npz(tmp_path / "whole.npz")
+    assert names == whole_names
+    np.testing.assert_array_equal(embeddings, whole)
+
+
+def test_parts_of_another_job_are_not_taken(
+    pictures: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = tmp_path / "e.npz.parts"
+    parts.mkdir()
+    (parts / "plan.json").write_text("{}")
+    (parts / "part-000000.npz").write_bytes(b"of another job")
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "e.npz")
+    assert "starts anew" in capsys.readouterr().out
+    assert len(load_embeddings_npz(tmp_path / "e.npz")[0]) == 5
+
+
+def test_parquet_holds_names_and_embeddings(pictures: Path, run: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "e.npz")
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "e.parquet")
+    names, embeddings = load_embeddings_npz(tmp_path / "e.npz")
+    table = parquet.read_table(tmp_path / "e.parquet")
+    assert tuple(table["name"].to_pylist()) == names
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), embeddings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "e.csv"], "--out: expected a file .npz or .parquet"),
+        (["nowhere", "--out", "e.npz"], "nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    run: Path,
+    pictures: Path,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        embed(pictures, *words, "--checkpoint", run)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_does(pictures: Path, run: Path, tmp_path: Path) -> None:
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "one.npz")
+    (pictures / "9.jpg").write_bytes(b"no image")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    words = ("embed", pictures, "--device", "cpu", "--checkpoint", run, "--out", tmp_path / "two.npz")
+    done = run_command(*launcher, "-m", "facetrain", *words)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(
+        load_embeddings_npz(tmp_path / "one.npz")[1], load_embeddings_npz(tmp_path / "two.npz")[1]
+    )
+    assert "9.jpg" in (tmp_path / "two.npz.unreadable.txt").read_text()

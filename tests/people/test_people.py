@@ -1,0 +1,111 @@
+"""`facetrain index` and `facetrain search`, as a user types them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from people.conftest import make_run
+
+from facetrain.cli import main
+from facetrain.gallery import Gallery
+
+
+def run_main(*words: str | Path) -> None:
+    main([str(word) for word in words])
+
+
+def test_people_are_added_found_and_removed(
+    synthetic: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    people = synthetic / "faces" / "heldout"
+    first, *rest = sorted(path for path in people.iterdir() if path.is_dir())
+    gallery, out = tmp_path / "gallery", tmp_path / "out"
+    run_main("index", gallery, "--checkpoint", run, "--images", people, "--device", "cpu")
+    (first / "broken.jpg").write_bytes(b"no image")
+    try:
+        run_main("index", gallery, "--images", people, "--device", "cpu")  # once more: nothing is doubled
+    finally:
+        (first / "broken.jpg").unlink()
+    stored = Gallery.load(gallery)
+    assert stored.persons == tuple(sorted(path.name for path in [first, *rest]))
+    assert len(stored.names) == len(list(people.rglob("*.jpg")))
+    assert "broken.jpg" in (gallery / "unreadable.txt").read_text()
+
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"thresholds": {"open-best-rowden": {"1e-2": 0.9}}}))
+    capsys.readouterr()
+    words = ("--images", first, "--far", "0.01", "--results", results, "--device", "cpu")
+    run_main("search", gallery, *words, "--top", "2", "--out", out)
+    printed = capsys.readouterr().out
+    assert "threshold 0.9000, of open-best-rowden at FAR 0.01" in printed
+    for row in json.loads((out / "search.json").read_text())["images"]:
+        assert row["is_known"] is True
+        assert row["matches"][0]["person"] == first.name
+        assert row["matches"][0]["score"] == pytest.approx(1, abs=1e-5)
+    page = (out / "search.html").read_text()
+    assert page.count("<img") == 3 * len(list(first.iterdir()))
+
+    run_main("index", gallery, "--remove", first.name)
+    capsys.readouterr()
+    (tmp_path / "no.jpg").write_bytes(b"no image")
+    run_main("search", gallery, "--images", first, tmp_path / "no.jpg", "--threshold", "0.9999", "--device", "cpu")
+    printed = capsys.readouterr().out
+    assert f"unreadable: {tmp_path}/no.jpg: expected an image" in printed
+    assert "unknown" in printed
+    assert f"  {first.name} " not in printed
+
+
+def test_embeddings_of_others_make_a_gallery_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = np.eye(4, dtype=np.float16)
+    np.savez(tmp_path / "e.npz", names=np.array(["Ann_0001", "Ann_0002", "Bob/1.jpg", "x/Cid/1.jpg"]), embeddings=rows)
+    run_main("index", tmp_path / "g", "--embeddings", tmp_path / "e.npz")
+    assert "4 images of 3 people" in capsys.readouterr().out
+    run_main("search", tmp_path / "g", "--embeddings", tmp_path / "e.npz", "--top", "1", "--threshold", "0.5")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines[:4]] == [[p, "1.000"] for p in ("Ann", "Ann", "Bob", "Cid")]
+
+
+def test_other_weights_than_the_gallerys_are_refused(
+    synthetic: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sorted((synthetic / "faces" / "heldout").iterdir())[0]
+    run_main("index", tmp_path / "g", "--checkpoint", run, "--images", first.parent, "--device", "cpu", "--no-pictures")
+    other = make_run(tmp_path / "other", seed=1)
+    with pytest.raises(SystemExit):
+        run_main("search", tmp_path / "g", "--checkpoint", other, "--images", first, "--device", "cpu")
+    assert "has other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["index", "g"], "no gallery in it"),
+        (["search", "g", "--images", "x"], "no gallery in it"),
+        (["search", "g"], "expected --images or --embeddings"),
+        (["search", "g", "--images", "x", "--threshold", "1", "--far", "1"], "expected one of them"),
+        (["search", "g", "--images", "x", "--results", "r"], "go with --far"),
+        (["search", "g", "--images", "x", "--top", "0"], "--top: expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_far_that_was_not_evaluated_is_refused_with_those_that_were(tmp_path: Path) -> None:
+    from facetrain.evaluation.threshold import threshold_from_results
+
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"thresholds": {"verification": {"1e-3": 0.5}}}))
+    assert threshold_from_results(file, 0.001) == (0.5, "verification")
+    with pytest.raises(ValueError, match="there is: verification at FAR 1e-3"):
+        threshold_from_results(file, 0.01)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"expected the results\.json"):
+        threshold_from_results(file, 0.01)
