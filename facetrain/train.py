@@ -33,6 +33,7 @@ from facetrain.step import train_step
 from facetrain.tracking import Tracker
 from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.watch.heartbeat import Heartbeat
+from facetrain.watch.profile import StepProfile
 from facetrain.watch.stop import StopRequest
 from facetrain.watch.stragglers import StepClock, TimedLoss
 from facetrain.world import World, start_world
@@ -128,6 +129,8 @@ class Run:
             last_step=config.train.steps,
             pin_memory=self.world.device.type == "cuda",
         )
+        profile = StepProfile.open(config, self.engine, self.loss, self.tracker, self.world, step=state.step)
+        loss = self.loss if profile is None else profile.loss
         with loader, StopRequest(self.world) as stop, Heartbeat(self.world) as heartbeat:
             while state.step < config.train.steps:
                 if stop.is_due():  # the same answer on all ranks
@@ -136,13 +139,18 @@ class Run:
                     return
                 self._mine_if_due()
                 heartbeat.step = state.step
+                if profile is not None:
+                    profile.before(state.step)
                 self.clock.begin()
-                batch = next(loader).to(self.world.device)
+                batch = next(loader)
+                if profile is not None:
+                    profile.clock.mark("data wait")
+                batch = batch.to(self.world.device)
                 waited_s += loader.wait_s
                 self.replaced += batch.replaced
                 self._seed_random_layers()
                 rate = learning_rate_at(state.step, config.train)
-                stats = train_step(self.engine, self.loss, batch, learning_rate=rate)
+                stats = train_step(self.engine, loss, batch, learning_rate=rate)
                 if self.miner:
                     self.miner.observe(state.step, batch.labels_n, stats.embeddings_VnD)  # over all ranks
                 count_draws(state.draws, self.plan.step(state.step))
@@ -154,12 +162,16 @@ class Run:
                     figures = stats.read(self.world)  # waits for the device, so the time comes after it
                     steps, now = state.step - logged_step, time.perf_counter()
                     self._log(figures, rate, step_s=(now - logged_at) / steps, wait_s=waited_s / steps)
+                    if profile is not None:
+                        profile.clock.mark("logging")
                 if self._due(config.eval.every_steps) and state.step < config.train.steps:
                     self._log_judgement(self.judge.judge(self.engine.backbone, self.world))
                 if self._due(config.train.save_every_steps) or state.best_step == state.step:
                     self._save()
                 if self._due(config.train.log_every_steps):
                     waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
+            if profile is not None:
+                profile.before(state.step)
 
     def _initial_state(self) -> tuple[Backbone, TrainState]:
         config, resume_from, shards = self.config, self.folder.resume_from, self.inputs.shards
