@@ -157,9 +157,9 @@ def serve(pipe: Any, case: Case, rank: int, port: int) -> None:
     """Be one rank: warm up, then take turns."""
     os.environ |= {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.world_size)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(case.world_size)},
+        **{"OMP_NUM_THREADS": "1", "FACETRAIN_SHARE_CORES": "1"},  # as the scripts in launch/ do
     }
-    pin_to_a_core(case, rank)
     import torch
 
     from facetrain.batch import PairBatch
@@ -199,13 +199,6 @@ def serve(pipe: Any, case: Case, rank: int, port: int) -> None:
                 torch.cuda.synchronize()
             pipe.send({"seconds": time.perf_counter() - begun_at})
         pipe.send({"peak_bytes": torch.cuda.max_memory_allocated() if on_cuda else resident_bytes()})
-
-
-def pin_to_a_core(case: Case, rank: int) -> None:
-    """Give each rank a core of its own where there are enough, as the launchers do."""
-    cores = sorted(os.sched_getaffinity(0))
-    if case.device == "cpu" and 1 < case.world_size <= len(cores):
-        os.sched_setaffinity(0, {cores[rank]})
 
 
 def resident_bytes() -> int:

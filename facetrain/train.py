@@ -31,7 +31,13 @@ from facetrain.models import Backbone, build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
 from facetrain.tracking import Tracker
-from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
+from facetrain.watch.health import (
+    CollapseWatch,
+    FiniteWatch,
+    loss_of_equal_scores,
+    not_finite_error,
+    slow_precision_warning,
+)
 from facetrain.watch.heartbeat import Heartbeat
 from facetrain.watch.profile import StepProfile
 from facetrain.watch.stop import StopRequest
@@ -289,6 +295,9 @@ class Run:
                 " figure of the best checkpoint optimistic. heldout/accuracy and lfw/view1/accuracy are there for that"
             )
         log.info(f"{config.model.name}: {parameters / 1e6:.2f} million parameters, on {world.device}")
+        warning = slow_precision_warning(config.train.precision, world.device)
+        if warning:
+            log.warning(warning)
         log.info(
             f"{pairs} pairs a step = {world.world_size} ranks x {pairs // world.world_size};"
             f" {self.plan.steps_per_epoch} steps an epoch; {steps} steps = {2 * pairs * steps} images"

@@ -69,7 +69,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        self._check_profile()
+        if self.profile_steps is not None:
+            self._check_profile(self.profile_steps)
         at_least("train.global_pairs", self.global_pairs, 2)
         pairs_each, odd = divmod(self.images_per_identity, 2)
         if pairs_each < 1 or odd or self.global_pairs % pairs_each or self.global_pairs < 2 * pairs_each:
@@ -104,11 +105,11 @@ class TrainConfig:
         if list(self.drop_steps) != sorted(set(self.drop_steps)):
             raise ValueError(f"train.drop_steps: expected rising steps, got {list(self.drop_steps)}")
 
-    def _check_profile(self) -> None:
-        text = self.profile_steps or "0:2"
-        first, end = map(int, text.split(":")) if re.fullmatch(r"\d+:\d+", text) else (0, 0)
-        if end - first < 2 or (self.profile_steps is not None and end > self.steps):
+    def _check_profile(self, profile_steps: str) -> None:
+        is_range = re.fullmatch(r"\d+:\d+", profile_steps) is not None
+        first, end = map(int, profile_steps.split(":")) if is_range else (0, 0)
+        if end - first < 2 or end > self.steps:
             raise ValueError(
                 "train.profile_steps: expected A:B, two steps or more up to train.steps ="
-                f" {self.steps}, such as 10:20, got '{self.profile_steps}'"
+                f" {self.steps}, such as 10:20, got '{profile_steps}'"
             )
