@@ -35,6 +35,7 @@ class Engine:
         self._statistics = [
             buffer for name, buffer in backbone.named_buffers() if name.endswith(("running_mean", "running_var"))
         ]
+        self._parameters = list(backbone.parameters())
         self._mark: Callable[[str], None] | None = None
         with _launcher_variables():
             self._deepspeed = _initialize(self.backbone, config, world, pairs_per_rank=pairs_per_rank)
@@ -45,7 +46,8 @@ class Engine:
         """Return the embeddings [B, D] of network inputs [B, C, H, W], with gradient, in the configured precision."""
         if self._mark is not None:
             self._mark("copy")
-        self._deepspeed.train()
+        if not self.backbone.training:  # it walks through all modules
+            self._deepspeed.train()
         embeddings_BD: Tensor = self._deepspeed(images_BCHW)
         if self._mark is not None:
             self._mark("forward")
@@ -100,8 +102,8 @@ class Engine:
     def _clip(self) -> Tensor:
         """Return the norm of all gradients, and clip them by it if `train.clip_norm` says so."""
         if self.config.clip_norm:
-            return nn.utils.clip_grad_norm_(self.backbone.parameters(), self.config.clip_norm)
-        return nn.utils.get_total_norm([p.grad for p in self.backbone.parameters() if p.grad is not None])
+            return nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def weights(self) -> dict[str, Tensor]:
         """Return the network's parameters and buffers as whole CPU tensors; every rank must call it.

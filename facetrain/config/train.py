@@ -55,7 +55,6 @@ class TrainConfig:
     """Newest checkpoints kept, besides the best."""
     max_failed_saves: int = 3
     """Checkpoints in a row that can't be written, as on a full disk, without ending the training."""
-
     profile_steps: str | None = None
     """A:B shows where the time of steps A to B - 1 goes, and traces the last, in profile/ of the run folder."""
 

@@ -43,7 +43,7 @@ def go(world, shards, folder):
 @pytest.fixture(scope="module")
 def runs(synthetic, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    run_ranks(go, 2, str(synthetic / "shards"), str(folder))
+    run_ranks(go, 2, str(synthetic / "shards"), str(folder), timeout_s=280)
     return folder
 
 
