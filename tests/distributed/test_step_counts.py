@@ -113,7 +113,7 @@ def test_the_host_waits_for_the_device_at_log_lines_alone(counted, name):
     in_step, _, _, in_log_line, _ = counted[0][name]
     # The one is the answer to the stop request, which never was on a device.
     assert {wait: in_step[wait] for wait in WAITS if in_step[wait]} == {"_local_scalar_dense": 1}
-    assert sum(in_log_line[wait] for wait in WAITS) <= 1
+    assert sum(in_log_line[wait] for wait in WAITS) <= 4  # three of them for the ranks' times, which are on the host
 
 
 @pytest.mark.parametrize("name", ["at once", "in chunks"])
@@ -136,6 +136,7 @@ def test_a_step_exchanges_six_times_and_a_log_line_twice(counted, name):
 
 def test_a_step_does_little_beyond_a_bare_one(counted):
     (names, _, new_bytes, _, _), (bare_names, bare_bytes) = counted[0]["at once"], counted[1]
-    assert sum(names.values()) - sum(bare_names.values()) <= 110  # of about 290, all of them on small tensors
+    # Two thirds are the copies of 30 gradients to one tensor and back; one rank alone has 48 operations more than bare.
+    assert sum(names.values()) - sum(bare_names.values()) <= 250
     gradients = 4 * (1_751_904 + 2_880)
     assert new_bytes - bare_bytes <= 1.1 * gradients  # gathered for the exchange
