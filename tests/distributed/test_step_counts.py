@@ -1,5 +1,6 @@
 """What a step costs besides the network, in numbers that don't depend on the machine: more of any is a slower step."""
 
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -21,6 +22,9 @@ from facetrain.watch.stragglers import StepClock, TimedLoss
 PAIRS, IMAGE_PX = 16, 16
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 """Operations for which the host waits until the device has an answer: `.item()`, `bool(tensor)`, `tensor[mask]`."""
+
+UNUSED = ("mlflow", "pandas", "scipy", "matplotlib", "torchvision", "onnxruntime", "pyarrow", "faiss", "sklearn")
+"""Modules that take from half a second to some seconds to import."""
 
 
 class Operations(Traffic):
@@ -98,9 +102,15 @@ def counts_of_a_bare_step(world):
 
 
 def cases(world):
+    programs = []
+    sys.addaudithook(lambda event, args: programs.append(str(args[0])) if event == "subprocess.Popen" else None)
+    import facetrain.train  # noqa: F401 - what a run imports
+
     configs = {"at once": TrainConfig(optimizer="sgd", global_pairs=PAIRS)}
     configs["in chunks"] = replace(configs["at once"], micro_pairs=4)
-    return {name: counts_of_a_step(world, config) for name, config in configs.items()}, counts_of_a_bare_step(world)
+    steps = {name: counts_of_a_step(world, config) for name, config in configs.items()}
+    started = [program for program in programs if not program.endswith("ldconfig")]  # by torch, to find libraries
+    return steps, counts_of_a_bare_step(world), [name for name in UNUSED if sys.modules.get(name)] + started
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +150,7 @@ def test_a_step_does_little_beyond_a_bare_one(counted):
     assert sum(names.values()) - sum(bare_names.values()) <= 250
     gradients = 4 * (1_751_904 + 2_880)
     assert new_bytes - bare_bytes <= 1.1 * gradients  # gathered for the exchange
+
+
+def test_the_first_step_needs_no_unused_import_and_no_compiler(counted):
+    assert counted[2] == []
