@@ -3,20 +3,21 @@
 import pytest
 import torch
 from distributed.ranks import run_ranks
+from torch import nn
 
 from facetrain.batch import PairBatch
-from facetrain.config import LossConfig, ModelConfig, TrainConfig
+from facetrain.config import LossConfig, TrainConfig
 from facetrain.engine import Engine
 from facetrain.losses.npair import NPairLoss
-from facetrain.models import build_backbone
 from facetrain.step import train_step
 
 
 def weights_after_steps(world, config):
     torch.manual_seed(0)
-    backbone = build_backbone(ModelConfig(), channels=3, image_px=16)
+    convolution = nn.Conv2d(3, 8, kernel_size=3, padding=1)
+    backbone = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 16))
     engine = Engine(backbone, config, world, pairs_per_rank=4)
-    images = torch.randint(0, 256, (2, 4, 16, 16, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 4, 8, 8, 3), dtype=torch.uint8)
     batch = PairBatch(step=0, images_VnHWC=images, labels_n=torch.arange(4) + 4 * world.rank)
     for _ in range(3):
         train_step(engine, NPairLoss(LossConfig(), world), batch, learning_rate=1e-3)
