@@ -19,6 +19,8 @@ from facetrain.watch.health import FiniteWatch
 from facetrain.watch.stop import StopRequest
 from facetrain.watch.stragglers import StepClock, TimedLoss
 
+pytestmark = pytest.mark.xdist_group("step counts")  # the steps are taken once
+
 PAIRS, IMAGE_PX = 16, 16
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
 """Operations for which the host waits until the device has an answer: `.item()`, `bool(tensor)`, `tensor[mask]`."""

@@ -18,6 +18,8 @@ from facetrain.watch.health import slow_precision_warning
 from facetrain.watch.phases import PhaseClock
 from facetrain.watch.profile import PHASES
 
+pytestmark = pytest.mark.xdist_group("profile")  # the runs are made once
+
 CASES = {
     "plain": {},
     "profiled": {"profile_steps": "2:8"},
