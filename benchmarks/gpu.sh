@@ -46,7 +46,8 @@ train_profiled() {
         identities=24
         settings=(--data.image_px 16 --train.global_pairs 4 --train.steps 8 --train.profile_steps 2:8)
     fi
-    python3 -m facetrain synth "$parts/faces" --num-identities "$identities" --images-per-identity 4 --heldout-identities 2 >/dev/null
+    python3 -m facetrain synth "$parts/faces" --num-identities "$identities" --images-per-identity 4 \
+        --heldout-identities 20 >/dev/null
     python3 -m facetrain pack "$parts/faces/train" "$parts/shards" >/dev/null
     python3 -m facetrain train --run.dir "$parts/run" --data.shards "$parts/shards" --tracking.backend none \
         --run.device "$device" --eval.at_start false --train.log_every_steps 10 "${settings[@]}"
