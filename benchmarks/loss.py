@@ -37,13 +37,14 @@ def main() -> None:
     """Measure, print a table and what was wanted, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small N, in less than a minute")
+    parser.add_argument("--tiny", action="store_true", help="one size of no meaning, to see that it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     records = []
     print(f"D = {WIDTH}, float32, {args.device}; medians of turns; memory beyond the embeddings themselves\n")
     print(f"{'N':>6}  {'loss':26}{'ms':>12}{'x fastest':>11}{'peak MiB':>11}{'x full logits':>15}")
-    for pairs, turns in (QUICK_TURNS if args.quick else TURNS).items():
+    for pairs, turns in ({64: 1} if args.tiny else QUICK_TURNS if args.quick else TURNS).items():
         for family in (ROW_WISE, BOTH_WAYS):
             found = measure(family, pairs, turns, args.device)
             records += found

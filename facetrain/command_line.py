@@ -183,6 +183,8 @@ def _one_line(error: Exception) -> str:
     message = " ".join(str(error).replace('Parser key "', '"').split())
     if "'off'" in message and message.endswith("Got value: False"):
         message += " (YAML reads a bare off as False: quote it)"
+    if "profile_steps" in message and "<class 'int'>" in message:
+        message = f"train.profile_steps: {message} (YAML reads a bare 10:20 as a number: quote it)"
     return re.sub(r"Group '(\S+)' does not accept option '(\S+)'", r"unknown key '\1.\2'", message)
 
 

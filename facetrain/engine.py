@@ -7,7 +7,8 @@ number of ranks or the ZeRO stage.
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -34,13 +35,23 @@ class Engine:
         self._statistics = [
             buffer for name, buffer in backbone.named_buffers() if name.endswith(("running_mean", "running_var"))
         ]
+        self._parameters = list(backbone.parameters())
+        self._mark: Callable[[str], None] | None = None
         with _launcher_variables():
             self._deepspeed = _initialize(self.backbone, config, world, pairs_per_rank=pairs_per_rank)
+        if world.world_size == 1 and config.zero_stage == 0:
+            self._deepspeed.enable_backward_allreduce = False  # it would copy all gradients twice, for their own mean
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Return the embeddings [B, D] of network inputs [B, C, H, W], with gradient, in the configured precision."""
-        self._deepspeed.train()
-        return self._deepspeed(images_BCHW)  # type: ignore[no-any-return]
+        if self._mark is not None:
+            self._mark("copy")
+        if not self.backbone.training:  # it walks through all modules
+            self._deepspeed.train()
+        embeddings_BD: Tensor = self._deepspeed(images_BCHW)
+        if self._mark is not None:
+            self._mark("forward")
+        return embeddings_BD
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add this rank's gradients; with the last of a step's chunks, average their sum over the ranks.
@@ -51,6 +62,8 @@ class Engine:
         self._deepspeed.backward(loss, scale_wrt_gas=False)  # the chunks' sum is the gradient, not their mean
         if not last:
             self._deepspeed.step()
+        if self._mark is not None:
+            self._mark("backward")
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip once, update, clear the gradients, and leave the same network on every rank.
@@ -62,12 +75,35 @@ class Engine:
             group["lr"] = learning_rate
         norm = None
         if self.config.zero_stage == 0:
-            norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), self.config.clip_norm or torch.inf)
+            norm = self._clip()
         self._deepspeed.step()
         if norm is None:
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
         self._average_running_statistics()
+        if self._mark is not None:
+            self._mark("optimizer")
         return norm
+
+    def mark_phases(self, mark: Callable[[str], None]) -> None:
+        """Call `mark` at the end of each phase with its name: copy, forward, backward, reduce, optimizer.
+
+        What ZeRO 1 to 3 reduces while backward still runs is in backward.
+        """
+        self._mark = mark
+        reduce_gradients = self._deepspeed.allreduce_gradients
+
+        def marked(*args: Any, **kwargs: Any) -> None:
+            mark("backward")
+            reduce_gradients(*args, **kwargs)
+            mark("reduce")
+
+        self._deepspeed.allreduce_gradients = marked
+
+    def _clip(self) -> Tensor:
+        """Return the norm of all gradients, and clip them by it if `train.clip_norm` says so."""
+        if self.config.clip_norm:
+            return nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def weights(self) -> dict[str, Tensor]:
         """Return the network's parameters and buffers as whole CPU tensors; every rank must call it.
@@ -165,7 +201,7 @@ class Engine:
         for parameter in parameters:
             values: dict[str, Any] = {key: torch.zeros_like(parameter) for key in self._state_keys()}
             if step is not None:
-                values["step"] = step.clone()
+                values["step"] = step.to(parameter.device, copy=True)  # where fused AdamW wants it
             optimizer.state[parameter] = values
         self._link_sharded_state()
 
@@ -210,8 +246,8 @@ def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, pairs
     micro_pairs = config.micro_pairs or pairs_per_rank
     num_parameters = sum(p.numel() for p in backbone.parameters())
     engine, *_ = deepspeed.initialize(
-        model=backbone,
-        optimizer=_optimizer(backbone, config),
+        model=_Compiled(backbone) if config.compile else backbone,
+        optimizer=_optimizer(backbone, config, fused=world.device.type == "cuda"),
         config={
             "train_micro_batch_size_per_gpu": 2 * micro_pairs,
             "gradient_accumulation_steps": pairs_per_rank // micro_pairs,
@@ -243,14 +279,28 @@ def _import_deepspeed(world: World) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read once, at import
-    import deepspeed
+    with _not_importable("mlflow"):  # its autotuner, unused here, tries to; that takes four times as long as the rest
+        import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import set another level
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # not asked for, or it would run a compiler to find out
     backend = "gloo" if world.device.type == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     return deepspeed
+
+
+@contextmanager
+def _not_importable(name: str) -> Iterator[None]:
+    """Let imports of a module fail that isn't imported yet."""
+    is_new = name not in sys.modules
+    if is_new:
+        sys.modules[name] = None  # type: ignore[assignment]  # how importlib marks what must not be imported
+    try:
+        yield
+    finally:
+        if is_new:
+            del sys.modules[name]
 
 
 @contextmanager
@@ -268,8 +318,23 @@ def _launcher_variables() -> Iterator[None]:
 _NO_LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
-def _optimizer(backbone: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay acts on kernels and weight matrices alone, as is usual."""
+class _Compiled(nn.Module):
+    """What DeepSpeed calls in place of a network: compiled in training alone, so that other shapes compile nothing.
+
+    The network's own weights keep their names.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._call = torch.compile(lambda images_BCHW: backbone(images_BCHW))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self._call(images_BCHW)  # type: ignore[no-any-return]
+
+
+def _optimizer(backbone: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """Weight decay acts on kernels and weight matrices alone, as is usual; `fused` updates in one kernel a group."""
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -277,5 +342,5 @@ def _optimizer(backbone: nn.Module, config: TrainConfig) -> torch.optim.Optimize
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "train.keep_checkpoints",
     "train.max_failed_saves",
     "train.straggler_factor",
+    "train.profile_steps",
     "eval.every_steps",
     "eval.at_start",
     "eval.dataset",

@@ -33,8 +33,15 @@ from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
 from facetrain.tracking import Tracker
 from facetrain.tracking.environment import git_commit
-from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
+from facetrain.watch.health import (
+    CollapseWatch,
+    FiniteWatch,
+    loss_of_equal_scores,
+    not_finite_error,
+    slow_precision_warning,
+)
 from facetrain.watch.heartbeat import Heartbeat
+from facetrain.watch.profile import StepProfile
 from facetrain.watch.stop import StopRequest
 from facetrain.watch.stragglers import StepClock, TimedLoss
 from facetrain.world import World, start_world
@@ -136,6 +143,8 @@ class Run:
             last_step=config.train.steps,
             device=self.world.device,
         )
+        profile = StepProfile.open(config, self.engine, self.loss, self.tracker, self.world, step=state.step)
+        loss = self.loss if profile is None else profile.loss
         with loader, StopRequest(self.world) as stop, Heartbeat(self.world) as heartbeat:
             while state.step < config.train.steps:
                 if stop.is_due():  # the same answer on all ranks
@@ -144,13 +153,17 @@ class Run:
                     return
                 self._mine_if_due()
                 heartbeat.step = state.step
+                if profile is not None:
+                    profile.before(state.step)
                 self.clock.begin()
                 batch = next(loader)
+                if profile is not None:
+                    profile.clock.mark("data wait")
                 waited_s += loader.wait_s
                 self.replaced += batch.replaced
                 self._seed_random_layers()
                 rate = learning_rate_at(state.step, config.train)
-                stats = train_step(self.engine, self.loss, batch, learning_rate=rate)
+                stats = train_step(self.engine, loss, batch, learning_rate=rate)
                 if self.miner:
                     self.miner.observe(state.step, batch.labels_n, stats.embeddings_VnD)  # over all ranks
                 count_draws(state.draws, self.plan.step(state.step))
@@ -162,12 +175,16 @@ class Run:
                     figures = stats.read(self.world)  # waits for the device, so the time comes after it
                     steps, now = state.step - logged_step, time.perf_counter()
                     self._log(figures, rate, step_s=(now - logged_at) / steps, wait_s=waited_s / steps)
+                    if profile is not None:
+                        profile.clock.mark("logging")
                 if self._due(config.eval.every_steps) and state.step < config.train.steps:
                     self._log_judgement(self.judge.judge(self.engine.backbone, self.world))
                 if self._due(config.train.save_every_steps) or state.best_step == state.step:
                     self._save()
                 if self._due(config.train.log_every_steps):
                     waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
+            if profile is not None:
+                profile.before(state.step)
 
     def _initial_state(self) -> tuple[Backbone, TrainState]:
         config, resume_from, shards = self.config, self.folder.resume_from, self.inputs.shards
@@ -278,6 +295,9 @@ class Run:
                 " figure of the best checkpoint optimistic. heldout/accuracy and lfw/view1/accuracy are there for that"
             )
         log.info(f"{config.model.name}: {parameters / 1e6:.2f} million parameters, on {world.device}")
+        warning = slow_precision_warning(config.train.precision, world.device)
+        if warning:
+            log.warning(warning)
         log.info(
             f"{pairs} pairs a step = {world.world_size} ranks x {pairs // world.world_size};"
             f" {self.plan.steps_per_epoch} steps an epoch; {steps} steps = {2 * pairs * steps} images"

@@ -16,6 +16,9 @@ from torch import Tensor
 
 ObjectT = TypeVar("ObjectT")
 
+SHARE_CORES_VARIABLE = "FACETRAIN_SHARE_CORES"
+"""Environment variable: 1 gives each CPU process of a machine cores of its own, as the scripts in launch/ do."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -211,6 +214,8 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
                 f" --run.device cpu, got a process number {local_rank}"
             )
         torch.cuda.set_device(here)
+    elif env.get(SHARE_CORES_VARIABLE) == "1":
+        _keep_to_own_cores(local_rank, int(env.get("LOCAL_WORLD_SIZE", "1")))
     arguments: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if not started:
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
@@ -218,6 +223,15 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
     yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
     # Not after an error: peers that wait in a collective would fail at once, and hide what this rank has to say.
     dist.destroy_process_group()
+
+
+def _keep_to_own_cores(local_rank: int, local_world_size: int) -> None:
+    """Keep this process, and the loader's that it will start, to its share of the cores that the machine gave it."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        share = len(cores) // local_world_size
+        if share > 0:  # else the processes share what there is
+            os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
 
 
 _LAUNCHER_KEYS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

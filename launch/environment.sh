@@ -75,6 +75,8 @@ use_environment() {
         fail "facetrain isn't installed in $venv; bash launch/quickstart.sh makes .venv, FACETRAIN_VENV names another"
     # With more threads, the processes of a machine take each other's cores.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    # Processes on CPUs keep to a share of the cores each; 0 leaves it to the system, as where two runs share a machine.
+    export FACETRAIN_SHARE_CORES="${FACETRAIN_SHARE_CORES:-1}"
     # Otherwise a restart over gloo gets stale addresses from the agent's store, and fails.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 }

@@ -7,7 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.s*")),
+    ROOT / "benchmarks" / "gpu.sh",
+    ROOT / "tests" / "run.sh",
+    ROOT / ".ci" / "run",
+]
 
 
 def run(

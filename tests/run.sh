@@ -12,7 +12,7 @@ if [[ "${1:-}" == --all ]]; then
     shift
 fi
 make_environment dev
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 FACETRAIN_SHARE_CORES=0 # several tests share the cores
 
 failed=()
 run() {

@@ -1,5 +1,6 @@
 """Section `train`: the optimization."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,8 @@ class TrainConfig:
     """Largest norm of the averaged gradient of the whole objective; 0 is no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast forward; weights, statistics, loss and optimizer stay float32."""
+    compile: bool = False
+    """Compile the network by torch.compile for training, where minutes of warm-up pay; not at zero_stage 3."""
     straggler_factor: float = 2.0
     """Warn where a rank takes this many times the median rank's seconds for data and forward."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -52,9 +55,21 @@ class TrainConfig:
     """Newest checkpoints kept, besides the best."""
     max_failed_saves: int = 3
     """Checkpoints in a row that can't be written, as on a full disk, without ending the training."""
+    profile_steps: str | None = None
+    """A:B shows where the time of steps A to B - 1 goes, and traces the last, in profile/ of the run folder."""
+
+    @property
+    def profiled(self) -> range | None:
+        """The steps of `profile_steps`."""
+        if self.profile_steps is None:
+            return None
+        first, _, end = self.profile_steps.partition(":")
+        return range(int(first), int(end))
 
     def __post_init__(self) -> None:
         """Check the bounds."""
+        if self.profile_steps is not None:
+            self._check_profile(self.profile_steps)
         at_least("train.global_pairs", self.global_pairs, 2)
         pairs_each, odd = divmod(self.images_per_identity, 2)
         if pairs_each < 1 or odd or self.global_pairs % pairs_each or self.global_pairs < 2 * pairs_each:
@@ -74,6 +89,8 @@ class TrainConfig:
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}: expected 0 (off) or more, got {getattr(self, name)}")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("train.compile: goes with train.zero_stage 0, 1 or 2, got 3")
         if self.straggler_factor <= 1:
             raise ValueError(f"train.straggler_factor: expected more than 1, got {self.straggler_factor}")
         if not 0 <= self.momentum < 1:
@@ -86,3 +103,12 @@ class TrainConfig:
             )
         if list(self.drop_steps) != sorted(set(self.drop_steps)):
             raise ValueError(f"train.drop_steps: expected rising steps, got {list(self.drop_steps)}")
+
+    def _check_profile(self, profile_steps: str) -> None:
+        is_range = re.fullmatch(r"\d+:\d+", profile_steps) is not None
+        first, end = map(int, profile_steps.split(":")) if is_range else (0, 0)
+        if end - first < 2 or end > self.steps:
+            raise ValueError(
+                "train.profile_steps: expected A:B, two steps or more up to train.steps ="
+                f" {self.steps}, such as 10:20, got '{profile_steps}'"
+            )

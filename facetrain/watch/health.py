@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,6 +19,7 @@ _NEAR_CHANCE = 0.005
 """Relative distance from the loss of equal scores within which nothing is told apart."""
 _COLLAPSED_LINES = 3
 """Log lines in a row that look collapsed before there is a warning."""
+_CPU_FILE = Path("/proc/cpuinfo")
 
 
 class FiniteWatch:
@@ -71,6 +74,15 @@ def not_finite_error(
         f" train.learning_rate or train.clip_norm=10. The batch's identities are in {file}; checkpoints in"
         f" {folder / 'checkpoints'} are from before"
     )
+
+
+def slow_precision_warning(precision: Literal["float32", "bfloat16"], device: torch.device) -> str | None:
+    """Return what to say where bfloat16 was chosen for a CPU that has no instructions for it, else None."""
+    if precision == "float32" or device.type != "cpu" or not _CPU_FILE.is_file():
+        return None
+    if re.search(r"\b(avx512_bf16|amx_bf16|svebf16|bf16)\b", _CPU_FILE.read_text(encoding="utf-8")):
+        return None
+    return "train.precision: this CPU has no bfloat16 instructions, and emulates them: float32 is faster"
 
 
 def loss_of_equal_scores(name: LossName, global_pairs: int, images_per_identity: int = 2) -> float | None:

@@ -73,9 +73,18 @@ class TimedLoss(Loss):
     """A loss, which is where a rank first needs the others; it tells the clock so."""
 
     def __init__(self, loss: Loss, clock: StepClock) -> None:
-        super().__init__(loss.config, loss.world)
         self._loss, self._clock = loss, clock
+        super().__init__(loss.config, loss.world)
         self.class_vectors = loss.class_vectors
+
+    @property
+    def world(self) -> World:
+        """The loss's own world, so that both exchange through the same."""
+        return self._loss.world
+
+    @world.setter
+    def world(self, world: World) -> None:
+        self._loss.world = world
 
     def data_loss(self, *args: Any) -> Tensor:
         """Compute what the loss does."""

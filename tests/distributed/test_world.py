@@ -1,11 +1,12 @@
 import gc
+import os
 import weakref
 
 import pytest
 import torch
 from distributed.ranks import run_ranks
 
-from facetrain.world import GatherInFlight, World
+from facetrain.world import SHARE_CORES_VARIABLE, GatherInFlight, World
 
 
 def collectives(world):
@@ -86,3 +87,20 @@ def test_a_world_of_one_needs_no_process_group():
     assert world.on_main(lambda: 8) == 8
     with pytest.raises(ZeroDivisionError):
         world.on_main(lambda: 1 // 0)
+
+
+def cores(world):
+    return os.sched_getaffinity(0)
+
+
+def test_processes_of_a_machine_keep_to_cores_of_their_own(monkeypatch):
+    given = os.sched_getaffinity(0)
+    if len(given) < 2:
+        pytest.skip("one core")
+    monkeypatch.setenv(SHARE_CORES_VARIABLE, "1")
+    first, second = run_ranks(cores, 2)
+    assert first | second <= given
+    assert len(first) == len(second) == len(given) // 2
+    assert not first & second
+    monkeypatch.setenv(SHARE_CORES_VARIABLE, "0")
+    assert run_ranks(cores, 1) == [given]
