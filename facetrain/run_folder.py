@@ -19,6 +19,8 @@ FREE_KEYS = (
     "run.resume",
     "run.device",
     "run.timeout_s",
+    "run.rendezvous_timeout_s",
+    "run.checkpoint_timeout_s",
     "data.shards",  # a checkpoint knows their content
     "data.cache_dir",
     "data.cache_bytes",
@@ -31,6 +33,7 @@ FREE_KEYS = (
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.async_checkpoint",
     "train.max_failed_saves",
     "train.straggler_factor",
     "eval.every_steps",

@@ -52,7 +52,7 @@ def train(config: Config) -> None:
         ValueError: The config, the shards, the evaluation lists or the run folder can't be used; one line says why.
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    with start_world(config.run.device, config.run.timeout_s) as world:
+    with start_world(config.run.device, config.run.timeout_s, config.run.rendezvous_timeout_s) as world:
         check_same_shards(inputs.shards, world)
         with claim_run_folder(config, world) as folder:
             start_logging(folder.path if world.is_main else None)
@@ -102,6 +102,8 @@ class Run:
         except BaseException:
             self.tracker.finish(status="FAILED")
             raise
+        finally:
+            self.saver.close()
 
     def _loop(self) -> None:
         config, state = self.config, self.state
