@@ -3,24 +3,27 @@
 Makes tiny runs on this machine, does each of them harm, and compares the final weights with those of an undisturbed
 run. A line of JSON per fault goes to `faults.jsonl` in the folder; started again, what is there isn't measured again.
 Needs root, for network namespaces (two hosts) and a small disk; without, those faults are left out. Ten to thirty
-minutes. `--only NAME...` takes some faults; `--table` prints what is there.
+minutes. `--only NAME...` takes some faults; `--table` prints what is there. `--slowdown` measures something else: how
+much longer a step takes when MLflow's server takes requests and never answers.
 
 The faults are those of tests/cluster/faults.py, which the tests run too.
 """
 
 import argparse
 import json
+import shutil
+import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from cluster.faults import ON_A_SMALL_DISK, ON_ANY_MACHINE, ON_TWO_HOSTS
-from cluster.hosts import missing_network
-from cluster.measure import Bench, Outcome
-from small_disk import missing_disk
+from cluster.faults import FAULTS
+from cluster.measure import Bench
+from cluster.training import Training
+from mlflow_server import free_port
+from proxy import TcpProxy
 
 
 def main() -> None:
@@ -29,30 +32,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of faults.jsonl")
     parser.add_argument("--only", nargs="+", help="names of faults")
     parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--slowdown", action="store_true", help="time steps while MLflow hangs; no faults")
     args = parser.parse_args()
+    if args.slowdown:
+        print(slowdown(Bench(args.out.absolute() / "slowdown", shards_in(args.out.absolute()))))
+        return
     file = args.out / "faults.jsonl"
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if not args.table:
         bench = Bench(args.out.absolute() / "runs", shards_in(args.out.absolute()))
-        for fault in faults_here():
-            wanted = fault.__name__ in (args.only or [fault.__name__])
-            if not wanted or fault.__name__ in [row["name"] for row in known]:
+        for fault, missing in FAULTS.items():
+            name = fault.__name__
+            if name not in (args.only or [name]) or name in [row["name"] for row in known]:
                 continue
-            print(f"{fault.__name__} ...", flush=True)
-            known.append({"name": fault.__name__, "fault": fault.__doc__, **asdict(fault(bench))})
+            if reason := missing():
+                print(f"{name}: left out ({reason})")
+                continue
+            print(f"{name} ...", flush=True)
+            for left_over in bench.folder.glob(f"{name}*"):  # by one that was interrupted
+                shutil.rmtree(left_over)
+            known.append({"name": name, "fault": fault.__doc__, **asdict(fault(bench))})
             with file.open("a") as stream:
                 stream.write(json.dumps(known[-1]) + "\n")
     print("\n".join(table(known)))
-
-
-def faults_here() -> list[Callable[[Bench], Outcome]]:
-    """Return the faults that this machine can make; say which it can't."""
-    found: list[Callable[[Bench], Outcome]] = []
-    for faults, reason in ((ON_TWO_HOSTS, missing_network()), (ON_A_SMALL_DISK, missing_disk()), (ON_ANY_MACHINE, "")):
-        found += [] if reason else faults
-        if reason:
-            print(f"left out: {', '.join(fault.__name__ for fault in faults)} ({reason})")
-    return found
 
 
 def shards_in(folder: Path) -> Path:
@@ -65,6 +67,24 @@ def shards_in(folder: Path) -> Path:
         synthesize(folder / "faces", **people, workers=1)
         pack([folder / "faces" / "train"], folder / "shards", workers=1)
     return folder / "shards"
+
+
+def slowdown(bench: Bench) -> str:
+    """Time the steps of runs without MLflow and with one that hangs, in turns: 300 steps each, without the first 20."""
+    seconds: dict[str, list[float]] = {"none": [], "mlflow": []}
+    with TcpProxy(free_port()) as proxy:
+        proxy.mode = "stall"
+        env = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{proxy.port}"}
+        for turn, backend in enumerate(("none", "mlflow", "none", "mlflow", "none", "mlflow")):
+            settings = bench.settings(f"{turn}_{backend}", tracking__backend=backend, train__steps=300)
+            shutil.rmtree(settings["run.dir"], ignore_errors=True)
+            with Training(settings, env=env) as training:
+                assert training.wait_until_ended() == [0], training.said()
+            rows = [json.loads(line) for line in (training.run_dir / "metrics.jsonl").read_text().splitlines()]
+            seconds[backend].append(statistics.median(row["train/step_s"] for row in rows[20:]))
+            print(f"tracking.backend={backend}: {seconds[backend][-1] * 1e3:.3f} ms a step", flush=True)
+    without, hanging = (statistics.median(values) for values in seconds.values())
+    return f"a step takes {hanging / without - 1:+.2%} while MLflow hangs (medians of {len(seconds['none'])} runs)"
 
 
 def table(rows: list[dict[str, object]]) -> list[str]:

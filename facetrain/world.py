@@ -217,7 +217,8 @@ def start_world(
         torch.cuda.set_device(here)
     store = dist.HashStore()  # type: ignore[attr-defined]
     if started:
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=rendezvous_timeout_s or timeout_s)))
+        patience = timedelta(seconds=rendezvous_timeout_s or timeout_s)
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=timeout_s))
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)

@@ -43,9 +43,12 @@ def test_torchrun_names_what_is_wrong_before_any_process_starts(
 @pytest.mark.parametrize(
     ("env", "named"),
     [
-        ({"NNODES": "2"}, ["MASTER_ADDR"]),
+        ({"NNODES": "2", "MASTER_ADDR": "localhost"}, ["NODE_RANK: expected the number of this machine"]),
+        ({"NNODES": "2", "NODE_RANK": "0"}, ["MASTER_ADDR"]),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "localhost"}, ["NODE_RANK", "0 to 1"]),
-        ({"NNODES": "1:2"}, ["NNODES", "'1:2'"]),
+        ({"NNODES": "4:2"}, ["NNODES", "'4:2'"]),
+        ({"NNODES": "1-2"}, ["NNODES", "'1-2'"]),
+        ({"RESTARTS": "often"}, ["RESTARTS", "'often'"]),
     ],
 )
 def test_torchrun_names_a_wrong_variable(env: dict[str, str], named: list[str], tmp_path: Path) -> None:
@@ -53,10 +56,10 @@ def test_torchrun_names_a_wrong_variable(env: dict[str, str], named: list[str], 
     assert_user_error(done, *named)
 
 
-def test_torchrun_counts_the_processes_of_all_machines(tmp_path: Path) -> None:
-    env = {"NNODES": "2", "MASTER_ADDR": "localhost"}
-    words = ("--nproc-per-node", "3", "--", "--train.global_pairs", "10")
-    assert_user_error(launch("torchrun.sh", *words, cwd=tmp_path, **env), "train.global_pairs", "10", "6")
+def test_torchrun_checks_every_number_of_machines_that_there_may_be(tmp_path: Path) -> None:
+    env = {"NNODES": "1:2", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
+    words = ("--nproc-per-node", "3", "--", "--train.global_pairs", "9")
+    assert_user_error(launch("torchrun.sh", *words, cwd=tmp_path, **env), "train.global_pairs", "9", "6 processes")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import http.server
 import json
 import os
+import sys
 import threading
 import time
 
@@ -116,6 +117,27 @@ def test_a_bad_server_neither_stops_nor_slows_training_and_gets_all_of_it_later(
     assert [metric.step for metric in history] == list(range(300))
     assert run.info.status == "FINISHED"
     assert [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)] == ["results.json"]
+
+
+def test_recording_a_step_opens_one_file_and_never_waits_for_a_server(tmp_path, monkeypatch):
+    """What a step pays for MLflow, whatever its server does: the calls of the thread that trains, counted."""
+    seen, is_counting, trains = [], True, threading.get_ident()
+
+    def count(event, arguments):
+        if is_counting and threading.get_ident() == trains and event.split(".")[0] in ("open", "socket", "subprocess"):
+            seen.append((event, str(arguments[0])))
+
+    sys.addaudithook(count)  # for as long as this process lives, hence the flag
+    with BadServer("hangs") as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        tracker = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4})
+        seen.clear()
+        for step in range(50):
+            tracker.metrics(step, {"train/loss": 1.0})
+        is_counting = False
+        tracker.finish()
+    assert seen == [("open", str(tmp_path / "metrics.jsonl"))] * 50
 
 
 def tracked_run():

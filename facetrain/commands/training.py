@@ -31,12 +31,17 @@ def check(argv: Sequence[str]) -> None:
             raise ValueError(f"--show: expected a key such as run.dir, got '{args.show}'")
         say(str(config.flat()[args.show]))
         return
+    sizes = (args.world_sizes or os.environ.get("WORLD_SIZE", "1")).split(",")
+    from facetrain.data.plan import pairs_per_rank
+
+    for size in sizes:  # all of them before anything is read
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"--world-sizes: expected numbers of processes, got '{size}'")
+        pairs_per_rank(config.train.global_pairs, int(size))
     from facetrain.inputs import open_inputs
     from facetrain.run_folder import open_run_folder
 
-    for size in (args.world_sizes or os.environ.get("WORLD_SIZE", "1")).split(","):
-        if not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"--world-sizes: expected numbers of processes, got '{size}'")
+    for size in sizes:
         inputs = open_inputs(config, world_size=int(size))
     open_run_folder(config)
     say(f"ok: {inputs.split.describe()}; {inputs.plan.steps_per_epoch} steps an epoch")
