@@ -27,7 +27,7 @@ class Outcome:
     detected_s: float | None
     """Seconds from the fault to that; None where nothing needs to be said."""
     next_step_s: float
-    """Seconds from the fault to the next step that is taken after it; where nothing is said, the longest step."""
+    """Seconds from the fault to the first step after the last restart; the longest step where nothing is said."""
     steps_lost: int
     """Steps that were taken again."""
     is_equal: bool
@@ -96,31 +96,34 @@ def outcome(
         nodes: Those whose launchers end well; all if not given.
         note: Goes into the outcome.
     """
-    if not says:
-        assert training.wait_until_ended(nodes=nodes) == [0] * len(nodes or training.hosts), training.said()
-        before = [line for line in training.lines if line.step and line.at < struck_at]
-        steps = [before[-1], *(line for line in training.lines if line.step and line.at >= struck_at)]
-        longest_s = max(b.at - a.at for a, b in itertools.pairwise(steps))
-        return Outcome("nothing", None, longest_s, 0, same_weights(training.run_dir, expected), note)
-    seen = training.wait_for(says, after=struck_at)
-    again = training.wait_for(r"step +\d+/", after=seen.at)
     codes = training.wait_until_ended(nodes=nodes)
     assert codes == [0] * len(codes), training.said()
-    last = max(line.step for line in training.lines if line.step and line.at < again.at)
+    is_equal = same_weights(training.run_dir, expected)
+    taken = [line for line in training.lines if line.step]
+    if not says:
+        since = max(line.at for line in taken if line.at < struck_at)
+        longest_s = max(b.at - a.at for a, b in itertools.pairwise(taken) if a.at >= since)
+        return Outcome("nothing", None, longest_s, 0, is_equal, note)
+    seen = training.wait_for(says, after=struck_at, timeout_s=0)
+    restarts = [line.at for line in training.lines if line.at > struck_at and "continues at step" in line.text]
+    again = next(line for line in taken if line.at > max([seen.at, *restarts]))
+    last = max(line.step or 0 for line in taken if line.at < again.at)
     return Outcome(
         said=cleaned(seen.text),
         detected_s=seen.at - struck_at,
         next_step_s=again.at - struck_at,
         steps_lost=last + 1 - (again.step or 0),
-        is_equal=same_weights(training.run_dir, expected),
+        is_equal=is_equal,
         note=note,
     )
 
 
 def cleaned(text: str) -> str:
-    """Return a line without its time, its prefix and the folders in it."""
+    """Return a line without its time, its prefix, a library's own words, and the names that are of one run alone."""
     text = re.sub(r"^\d\d:\d\d:\d\d |^facetrain: (error: )?", "", text)
-    text = re.sub(r"/\S*/(checkpoints|logs|run)", r"\1", text)
+    text = re.sub(r" \(\[.*", "", text)
+    text = re.sub(r"\bft\d+[ab]\b", "HOST", text)
+    text = re.sub(r"/\S*/(checkpoints|logs|run)\b", r"\1", text)
     return text if len(text) < 160 else f"{text[:157]}..."
 
 

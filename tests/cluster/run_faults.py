@@ -42,7 +42,7 @@ def job_killed_while_saving(bench: Bench) -> Outcome:
 def disk_full(bench: Bench) -> Outcome:
     """The disk is full for two checkpoints."""
     folder = bench.folder / "disk_full"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with small_disk(folder, size="160m"), on_one_host(bench, "disk_full/run") as training:
         struck_at = strike(training, lambda: fill(folder / "filler"))
         training.wait_for("failure 2 of 3 in a row")
@@ -99,7 +99,7 @@ def asked_to_stop_one_rank(bench: Bench) -> Outcome:
 def with_mlflow(bench: Bench, name: str) -> Iterator[tuple[Training, TcpProxy, Path]]:
     """Start a training of two ranks that records at a port of a proxy; there is no server yet behind it."""
     folder = bench.folder / f"{name}_server"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with TcpProxy(free_port()) as proxy:
         env = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{proxy.port}"}
         settings = bench.settings(name, tracking__backend="mlflow")
