@@ -92,9 +92,10 @@ find_interface() {
     address=""
     host="$(getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }')" || return 0
     command -v ip >/dev/null || return 0
-    address="$(ip -4 -o route get "$host" 2>/dev/null | sed -n 's/.* src \([^ ]*\).*/\1/p')"
+    address="$(ip -4 -o route get "$host" 2>/dev/null | sed -n 's/.* src \([^ ]*\).*/\1/p')" || return 0
     [[ "$address" != 127.* ]] || address=""
     [[ -n "$address" ]] || return 0
-    interface="$(ip -4 -o addr | awk -v address="$address/" 'index($4, address) == 1 { print $2; exit }')"
+    interface="$(ip -4 -o addr | awk -v address="$address/" 'index($4, address) == 1 && !n++ { print $2 }')"
+    [[ -n "$interface" ]] || return 0
     export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
 }

@@ -65,7 +65,7 @@ echo "facetrain: machine $node of $nodes meets the others at $MASTER_ADDR:$port 
 # it is started again here; it leaves a word in this file then, or is killed.
 lost="$(mktemp)"
 trap 'rm -f "$lost"' EXIT
-trap 'restarts=0; kill -TERM "$agent"' TERM INT
+trap 'restarts=0; kill -TERM "$agent" 2>/dev/null || true' TERM INT
 while true; do
     TORCHELASTIC_ERROR_FILE="$lost" "${start[@]}" -m "${program[@]}" "$@" &
     agent=$!

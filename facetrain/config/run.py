@@ -28,7 +28,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check the bounds."""
         at_least("run.seed", self.seed, 0)
-        for name in ("timeout_s", "rendezvous_timeout_s", "checkpoint_timeout_s"):
+        at_least("run.rendezvous_timeout_s", self.rendezvous_timeout_s, 1)
+        for name in ("timeout_s", "checkpoint_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"run.{name}: expected more than 0 seconds, got {getattr(self, name)}")
 

@@ -145,7 +145,9 @@ def start_slurm(folder: Path) -> Iterator[Slurm]:
         slurm.wait_for_nodes()
         yield slurm
     finally:
-        for daemon in [*slurm.nodes.values(), *reversed(daemons)]:
+        for name in slurm.nodes:
+            slurm.kill_node(name)
+        for daemon in reversed(daemons):
             _kill(daemon)
 
 

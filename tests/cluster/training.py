@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +77,10 @@ class Training:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for node in self._launchers:
             self.kill_node(node)
+        for process in psutil.process_iter():  # those whose torchrun was killed are nobody's children
+            with suppress(psutil.Error):
+                if str(self.run_dir) in process.cmdline():
+                    process.kill()
         for reader in self._readers:
             reader.join(10)
 
