@@ -62,6 +62,39 @@ def test_torchrun_checks_every_number_of_machines_that_there_may_be(tmp_path: Pa
     assert_user_error(launch("torchrun.sh", *words, cwd=tmp_path, **env), "train.global_pairs", "9", "6 processes")
 
 
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+    *torch.distributed.run*) echo started >>"$STARTS"; eval "$TORCHRUN" ;;
+    *--show*) echo 600.0 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "starts", "code"),
+    [
+        ("true", 1, 0),
+        ("exit 1", 1, 1),  # its processes failed, and it has started them again itself
+        ('echo lost >"$TORCHELASTIC_ERROR_FILE"; exit 1', 3, 1),
+        ("kill -9 $$", 3, 137),
+        ('trap "exit 1" TERM; kill -TERM "$PPID"; sleep 5 & wait; exit 0', 1, 1),
+    ],
+    ids=["ends", "fails", "is lost", "is killed", "is stopped"],
+)
+def test_torchrun_is_started_again_where_it_was_lost_itself(
+    torchrun: str, starts: int, code: int, tmp_path: Path
+) -> None:
+    """With a stand-in for torchrun that ends as it may."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text(STAND_IN)
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "RESTARTS": "2", "TORCHRUN": torchrun}
+    env |= {"FACETRAIN_VENV": str(tmp_path), "STARTS": str(tmp_path / "starts")}
+    done = launch("torchrun.sh", "--", "--config", CONFIGS[0], cwd=tmp_path, **env)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "starts").read_text().count("started") == starts
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
