@@ -43,7 +43,8 @@ fi
 
 use_environment
 if [[ "${program[0]}" == facetrain.train ]]; then
-    [[ "$node" != 0 ]] || check_config "$(seq -s , $((${nodes%:*} * processes)) "$processes" $((${nodes#*:} * processes)))" "$@"
+    world_sizes="$(seq -s , $((${nodes%:*} * processes)) "$processes" $((${nodes#*:} * processes)))"
+    [[ "$node" != 0 ]] || check_config "$world_sizes" "$@"
 else
     restarts=0
 fi

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from facetrain.checkpoint.state import TrainState, begin_checkpoint
+from facetrain.checkpoint.state import TrainState, begin_checkpoint, save_checkpoint
 from facetrain.config import Config
 from facetrain.engine import Engine
 from facetrain.world import World
@@ -57,16 +57,10 @@ class Saver:
         with self.world.waiting_up_to(self.config.run.checkpoint_timeout_s):
             self._settle(state)
             try:
-                weights, optimizer_state = engine.weights(), engine.optimizer_state()  # over all ranks; copies
-                finish = begin_checkpoint(
-                    *(self.run_dir, weights, optimizer_state, copy.deepcopy(state), self.config, self.world),
-                    table_rows=table_rows,
-                )
                 if self.config.train.async_checkpoint and not must:
-                    done = self._thread.submit(finish) if self.world.is_main else None
-                    self._writing = _Writing(state.step, (state.best_value, state.best_step), done)
+                    self._begin(engine, state, table_rows)
                     return
-                self.world.on_main(finish)
+                save_checkpoint(self.run_dir, engine, state, self.config, self.world, table_rows=table_rows)
             except OSError as error:  # on all ranks alike
                 self._has_failed(state.step, error, state, must=must)
             else:
@@ -75,6 +69,15 @@ class Saver:
     def close(self) -> None:
         """Wait for the thread, whatever ends the run: while it writes, nobody else may."""
         self._thread.shutdown()
+
+    def _begin(self, engine: Engine, state: TrainState, table_rows: Mapping[str, Tensor]) -> None:
+        """Over all ranks: copy what is saved, and let rank 0's thread write it."""
+        finish = begin_checkpoint(
+            *(self.run_dir, engine.weights(), engine.optimizer_state(), copy.deepcopy(state), self.config, self.world),
+            table_rows=table_rows,
+        )
+        done = self._thread.submit(finish) if self.world.is_main else None
+        self._writing = _Writing(state.step, (state.best_value, state.best_step), done)
 
     def _settle(self, state: TrainState) -> None:
         """Over all ranks: wait for what the thread writes, and treat an error of it like one of this call."""
