@@ -122,7 +122,7 @@ class Run:
             while state.step < config.train.steps:
                 if stop.is_due():  # the same answer on all ranks
                     self._save(must=True)
-                    log.info(f"stopped at step {state.step} on request; the same command goes on from there")
+                    stop.end(state.step)
                     return
                 self._mine_if_due()
                 heartbeat.step = state.step

@@ -85,7 +85,7 @@ class Slurm:
         fields = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", job).split() if "=" in word)
         return fields["JobState"]
 
-    def wait(self, job: str, *states: str, timeout_s: float = 300.0) -> str:
+    def wait(self, job: str, *states: str, timeout_s: float = 600.0) -> str:
         """Wait until a job is in one of the states."""
         give_up_at = time.monotonic() + timeout_s
         while (state := self.state(job)) not in states:

@@ -8,7 +8,7 @@ from cluster.faults import FAULTS
 from cluster.measure import TIMEOUT_S, Bench, Outcome
 from cluster.network_faults import ON_TWO_HOSTS
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

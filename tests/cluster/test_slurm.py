@@ -9,7 +9,7 @@ from cluster.measure import same_weights
 from cluster.slurm import Slurm, missing_program, start_slurm
 from commands import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def launch(slurm: Slurm, words: list[str | Path], cwd: Path) -> str:
 
 def wait_for(slurm: Slurm, job: str, log: Path, words: str) -> None:
     """Wait for words in the log of a job that runs, or is about to."""
-    give_up_at = time.monotonic() + 300
+    give_up_at = time.monotonic() + 600
     while not log.exists() or words not in log.read_text():
         assert slurm.state(job) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log.read_text()
         assert time.monotonic() < give_up_at, log.read_text()

@@ -109,7 +109,7 @@ class Training:
                 self.lines.append(Line(time.monotonic(), node, text.rstrip()))
                 self._news.notify_all()
 
-    def wait_for(self, pattern: str, *, after: float = 0.0, timeout_s: float = 300.0) -> Line:
+    def wait_for(self, pattern: str, *, after: float = 0.0, timeout_s: float = 600.0) -> Line:
         """Wait for a line, from a moment of the monotonic clock on."""
         give_up_at = time.monotonic() + timeout_s
         with self._news:
@@ -124,7 +124,7 @@ class Training:
         """Wait until a step is reported."""
         return self.wait_for(rf"step +{step}/")
 
-    def wait_until_ended(self, *, timeout_s: float = 300.0, nodes: Sequence[int] | None = None) -> list[int]:
+    def wait_until_ended(self, *, timeout_s: float = 600.0, nodes: Sequence[int] | None = None) -> list[int]:
         """Wait for the launchers and return their exit codes."""
         give_up_at = time.monotonic() + timeout_s
         codes = []
