@@ -28,6 +28,11 @@ def test_the_help_names_every_command(argv: list[str], capsys: pytest.CaptureFix
     assert set(COMMANDS) <= set(words)
 
 
+def test_a_script_can_ask_for_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "--show", "run.rendezvous_timeout_s", "--run.rendezvous_timeout_s", "90"])
+    assert capsys.readouterr().out == "90.0\n"
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out == f"{package.__version__}\n"
@@ -48,6 +53,10 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["train", "--data.shards", "nowhere", "--run.dir", "nowhere"], ["nowhere"]),
         (["check", "--data.shards", "http://host/shards"], ["data.cache_dir", "http://host/shards"]),
         (["check", "--run.device", "tpu"], ["run.device", "tpu"]),
+        (["check", "--show", "run.dirr"], ["--show", "'run.dirr'"]),
+        (["check", "--world-sizes", "2,two"], ["--world-sizes", "'two'"]),
+        (["check", "--world-sizes", "2,3", "--train.global_pairs", "8"], ["train.global_pairs", "3 processes", "8"]),
+        (["check", "--run.rendezvous_timeout_s", "0"], ["run.rendezvous_timeout_s", "1 or more"]),
         (["pack", "nowhere", "out"], ["nowhere"]),
         (["pack", "only-one-path"], ["out"]),
         (["pack", "--image", "3", "a", "b"], ["--image"]),
