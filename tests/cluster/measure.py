@@ -121,7 +121,7 @@ def outcome(
 def cleaned(text: str) -> str:
     """Return a line without its time, its prefix, a library's own words, and the names that are of one run alone."""
     text = re.sub(r"^\d\d:\d\d:\d\d |^facetrain: (error: )?", "", text)
-    text = re.sub(r" \(\[.*", "", text)
+    text = re.sub(r"(lost rank .*?) \(.*", r"\1", text)
     text = re.sub(r"\bft\d+[ab]\b", "HOST", text)
     text = re.sub(r"/\S*/(checkpoints|logs|run)\b", r"\1", text)
     return text if len(text) < 160 else f"{text[:157]}..."
