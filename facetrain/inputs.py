@@ -62,7 +62,11 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
             f" got {config.data.shard_px}"
         )
     split = split_identities(
-        shards.table, holdout=config.data.holdout_identities, exclude=config.data.exclude, seed=config.run.seed
+        shards.table,
+        holdout=config.data.holdout_identities,
+        exclude=config.data.exclude,
+        seed=config.run.seed,
+        min_images=max(config.data.min_images, config.train.images_per_identity),
     )
     plan = _plan(config, shards, split)
     check_mode(config, num_identities=len(split.train), world_size=world_size)
@@ -75,7 +79,8 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
 def _plan(config: Config, shards: ShardSet, split: IdentitySplit) -> Plan:
     pairs, seed = config.train.global_pairs, config.run.seed
     if config.data.window_shards is None:
-        return Plan(shards.table, split.train, global_pairs=pairs, seed=seed)
+        images = config.train.images_per_identity
+        return Plan(shards.table, split.train, global_pairs=pairs, seed=seed, images_per_identity=images)
     return WindowedPlan(
         shards.table,
         split.train,

@@ -110,7 +110,8 @@ def embed_all(
     Of several networks each gets the same say: its part is of unit length.
 
     Raises:
-        ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite.
+        ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite, or in another
+            width than the first.
     """
     parts = []
     for network in networks:
@@ -124,6 +125,12 @@ def embed_all(
             progress="embed",
         )
         parts.append(embeddings.cpu().numpy())
+        first_width, width = parts[0].shape[1], parts[-1].shape[1]
+        if width != first_width:
+            raise ValueError(
+                f"{network.file}: expected embeddings of {first_width} numbers, as of {networks[0].file}, got {width};"
+                " an ensemble's networks have one width"
+            )
     if len(parts) == 1:
         return parts[0]
     for number, network in enumerate(networks):

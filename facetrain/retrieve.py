@@ -6,18 +6,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from facetrain.checkpoint.weights import load_backbone
 from facetrain.command_line import say
+from facetrain.config import DataConfig
+from facetrain.data.decode import decode_face
 from facetrain.data.sources import open_faces
 from facetrain.evaluation.clustering import Agreement, cluster
 from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
-from facetrain.evaluation.judge import embed_faces
 from facetrain.evaluation.report import open_out_folder, write_results
 from facetrain.evaluation.retrieval import (
     NEIGHBOURS,
@@ -28,9 +28,8 @@ from facetrain.evaluation.retrieval import (
     retrieve,
     verify_against_negatives,
 )
+from facetrain.networks import Device, EmbedOptions, embed_all, open_network
 from facetrain.world import REPORT_TIMEOUT_S, start_world
-
-Device = Literal["auto", "cpu", "cuda"]
 
 NEGATIVES = (1, 9, 99, 999)
 """M of verification against M negatives, as far as there are classes."""
@@ -67,27 +66,32 @@ def retrieval_of_embeddings(file: Path, settings: RetrievalSettings, *, device: 
         world.on_main(lambda: _measure(names, label_names(names), embeddings, settings, world.device, out))
 
 
-def retrieval_of_checkpoint(
-    run: Path,
+def retrieval_of_checkpoints(
+    runs: Sequence[Path],
     images: list[Path],
     settings: RetrievalSettings,
     *,
-    mirror: bool,
-    device: Device,
+    options: EmbedOptions,
     out: Path,
 ) -> None:
-    """Embed a folder per class, or tars of that, with a run's network over all ranks, and measure as above.
+    """Embed a folder per class, or tars of that, with runs' networks over all ranks, and measure as above.
+
+    Of several networks, embeddings are concatenated, each of unit length.
 
     Raises:
         ValueError: The weights, an image or a setting can't be used.
     """
-    backbone, config = load_backbone(run)
+    networks = [open_network(run, options.onnx) for run in runs]
     faces = open_faces(images)
+
+    def decode(image: int, data: DataConfig) -> NDArray[np.uint8]:
+        return decode_face(faces.read(image), data, faces.names[image])
+
     if left_out := faces.describe_skipped():
         say(left_out)
     open_out_folder(out)
-    with start_world(device, REPORT_TIMEOUT_S) as world:
-        embeddings = embed_faces(faces, backbone.to(world.device), config, world, mirror=mirror, progress=True)
+    with start_world(options.device, REPORT_TIMEOUT_S) as world:
+        embeddings = embed_all(networks, decode, faces.names, options, world)
         world.on_main(lambda: _measure(faces.names, faces.identities, embeddings, settings, world.device, out))
 
 

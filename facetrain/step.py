@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from facetrain.batch import PairBatch, network_input
 from facetrain.engine import Engine
-from facetrain.losses.npair import LossValue, NPairLoss
+from facetrain.losses.loss import Loss, LossValue
 from facetrain.world import World
 
 
@@ -21,8 +21,8 @@ class StepStats:
 
     loss: Tensor
     """This rank's share of the objective, penalty included. Scalar."""
-    npair: Tensor
-    """This rank's share of the N-pair loss. Scalar."""
+    data_loss: Tensor
+    """This rank's share of the objective without the penalty. Scalar."""
     squared_norm: Tensor
     """Mean ||f||^2 of this rank's embeddings. Scalar."""
     grad_norm: Tensor
@@ -39,9 +39,9 @@ class StepStats:
         """
         mean_D = self.embeddings_VnD.float().flatten(0, 1).mean(dim=0)
         spread = 1 - mean_D.square().sum() / self.squared_norm
-        figures = [self.loss, self.npair, self.squared_norm, self.grad_norm, spread]
+        figures = [self.loss, self.data_loss, self.squared_norm, self.grad_norm, spread]
         means = world.all_reduce_mean_(torch.stack([f.to(world.device, torch.float64) for f in figures])).tolist()
-        names = ("train/loss", "train/npair_loss", "train/squared_norm", "train/grad_norm", "train/spread")
+        names = ("train/loss", "train/data_loss", "train/squared_norm", "train/grad_norm", "train/spread")
         return dict(zip(names, means, strict=True))
 
 
@@ -55,7 +55,7 @@ class Differentiable(Protocol):
         """Add the gradient of a loss; `last` ends the step's accumulation."""
 
 
-def train_step(engine: Engine, loss: NPairLoss, batch: PairBatch, *, learning_rate: float) -> StepStats:
+def train_step(engine: Engine, loss: Loss, batch: PairBatch, *, learning_rate: float) -> StepStats:
     """Update the network by one global batch, of which this rank holds n pairs.
 
     `train.micro_pairs` and `train.overlap` say how the gradient is computed, which is the same either way.
@@ -68,28 +68,30 @@ def train_step(engine: Engine, loss: NPairLoss, batch: PairBatch, *, learning_ra
     else:
         value, embeddings_VnD = backward_at_once(engine, loss, batch)
     grad_norm = engine.step(learning_rate)
+    if loss.class_vectors is not None:
+        loss.class_vectors.update(learning_rate)
     return StepStats(
         loss=value.total.detach(),
-        npair=value.npair,
+        data_loss=value.data,
         squared_norm=value.squared_norm,
         grad_norm=grad_norm,
         embeddings_VnD=embeddings_VnD,
     )
 
 
-def backward_at_once(engine: Differentiable, loss: NPairLoss, batch: PairBatch) -> tuple[LossValue, Tensor]:
+def backward_at_once(engine: Differentiable, loss: Loss, batch: PairBatch) -> tuple[LossValue, Tensor]:
     """Compute the gradient with one forward of 2n images, anchors first: batch statistics are those of both views.
 
     Returns:
         The loss, and the embeddings [2, n, D], detached.
     """
     embeddings_VnD = engine(network_input(batch.images_VnHWC.flatten(0, 1))).unflatten(0, (2, -1))
-    value = loss(embeddings_VnD[0], embeddings_VnD[1], batch.labels_n)
+    value = loss(embeddings_VnD[0], embeddings_VnD[1], batch.labels_n, step=batch.step)
     engine.backward(value.total)  # over all ranks: gradients are averaged
     return value, embeddings_VnD.detach()
 
 
-def backward_overlapped(engine: Differentiable, loss: NPairLoss, batch: PairBatch) -> tuple[LossValue, Tensor]:
+def backward_overlapped(engine: Differentiable, loss: Loss, batch: PairBatch) -> tuple[LossValue, Tensor]:
     """Compute the same gradient with two forwards of n images, for networks without batch statistics.
 
     The positives are gathered while the anchors are embedded, and their gradient is reduced while that of the anchors
@@ -99,15 +101,15 @@ def backward_overlapped(engine: Differentiable, loss: NPairLoss, batch: PairBatc
         The loss, and the embeddings [2, n, D], detached.
     """
     positives_nD = engine(network_input(batch.images_VnHWC[1]))
-    gather = loss.start_gather(positives_nD)  # over all ranks; NPairLoss waits for it
+    gather = loss.start_gather(positives_nD)  # over all ranks; the loss waits for it
     anchors_nD = engine(network_input(batch.images_VnHWC[0]))
-    value = loss(anchors_nD, positives_nD, batch.labels_n, gather)
+    value = loss(anchors_nD, positives_nD, batch.labels_n, gather, step=batch.step)
     engine.backward(value.total)  # over all ranks: gradients are averaged
     return value, torch.stack([anchors_nD.detach(), positives_nD.detach()])
 
 
 def backward_in_chunks(
-    engine: Differentiable, backbone: nn.Module, loss: NPairLoss, batch: PairBatch, micro_pairs: int
+    engine: Differentiable, backbone: nn.Module, loss: Loss, batch: PairBatch, micro_pairs: int
 ) -> tuple[LossValue, Tensor]:
     """Compute the same gradient with activations of 2m images at a time, for one more forward (GradCache).
 
@@ -136,8 +138,10 @@ def backward_in_chunks(
             buffer.copy_(before)
 
     embeddings_VnD = torch.cat(embedded, dim=1).requires_grad_()
-    value = loss(embeddings_VnD[0], embeddings_VnD[1], batch.labels_n)
-    (grad_VnD,) = torch.autograd.grad(value.total, embeddings_VnD)
+    value = loss(embeddings_VnD[0], embeddings_VnD[1], batch.labels_n, step=batch.step)
+    value.total.backward()  # of what the loss learns too
+    grad_VnD = embeddings_VnD.grad
+    assert grad_VnD is not None
 
     for chunk, grad_VmD in zip(chunks, grad_VnD.split(micro_pairs, dim=1), strict=True):
         embeddings_BD = engine(chunk.second_input())

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from facetrain.checkpoint.folder import checkpoint_folder
 from facetrain.checkpoint.saver import Saver
-from facetrain.checkpoint.state import TrainState, load_optimizer, load_state, load_table_rows
+from facetrain.checkpoint.state import TrainState, load_class_vectors, load_optimizer, load_state, load_table_rows
 from facetrain.checkpoint.weights import init_weights_from, load_weights, save_weights
 from facetrain.command_line import config_yaml, parse_config, run_command
 from facetrain.config import Config
@@ -25,9 +24,10 @@ from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.inputs import Inputs, check_same_shards, open_inputs
+from facetrain.losses.build import build_loss
 from facetrain.masking import mask_secrets
 from facetrain.mining.miner import Miner
-from facetrain.models import build_backbone, convert_sync_batchnorm
+from facetrain.models import Backbone, build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
 from facetrain.tracking import Tracker
@@ -71,12 +71,22 @@ class Run:
         self.plan, self.judge = inputs.plan, inputs.judge
         backbone, self.state = self._initial_state()
         self.clock = StepClock(world, factor=config.train.straggler_factor)
-        self.loss = TimedLoss(config.loss, world, self.clock)
+        loss = build_loss(
+            config.loss,
+            config.train,
+            world,
+            identities=inputs.split.train,
+            embedding_dim=backbone.embedding_dim,
+            seed=config.run.seed,
+        )
+        self.loss = TimedLoss(loss, self.clock)
         self.engine = Engine(
             backbone, config.train, world, pairs_per_rank=pairs_per_rank(config.train.global_pairs, world.world_size)
         )
         if folder.resume_from is not None:
             load_optimizer(folder.resume_from, self.engine)
+            if self.loss.class_vectors is not None:
+                load_class_vectors(folder.resume_from, self.loss.class_vectors)
         self.tracker = Tracker(config.tracking, folder.path, world, parameters=config.flat())
         self.saver = Saver(folder.path, config, world, self.state)
         mines = config.mining.mode != "off"
@@ -84,7 +94,9 @@ class Run:
         self.replaced: list[str] = []
         """A line for each image of this rank that was replaced since the last logging step."""
         self.finite = FiniteWatch(world)
-        self.collapse = CollapseWatch(loss_of_equal_scores(config.loss.name, config.train.global_pairs))
+        self.collapse = CollapseWatch(
+            loss_of_equal_scores(config.loss.name, config.train.global_pairs, config.train.images_per_identity)
+        )
         if self.miner and self.miner.table and folder.resume_from is not None and self.state.step > 0:
             self.miner.table.load(load_table_rows(folder.resume_from, self.miner.table.rows))
 
@@ -151,10 +163,10 @@ class Run:
                 if self._due(config.train.log_every_steps):
                     waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
 
-    def _initial_state(self) -> tuple[nn.Module, TrainState]:
+    def _initial_state(self) -> tuple[Backbone, TrainState]:
         config, resume_from, shards = self.config, self.folder.resume_from, self.inputs.shards
         torch.manual_seed(config.run.seed)
-        backbone: nn.Module = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
+        backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
         sha256 = shards.manifest.content_sha256
         state = TrainState(step=0, draws=np.zeros(shards.table.num_identities, dtype=np.int64), shards_sha256=sha256)
         if resume_from is not None:
@@ -168,7 +180,7 @@ class Run:
             unfit = init_weights_from(backbone, Path(config.model.init_from))
             log.info(f"weights from {config.model.init_from}; layers that don't fit: {', '.join(unfit) or 'none'}")
         if config.model.sync_batchnorm:
-            backbone = convert_sync_batchnorm(backbone, self.world)
+            convert_sync_batchnorm(backbone, self.world)
         return backbone, state
 
     def _mine_if_due(self) -> None:
@@ -219,7 +231,7 @@ class Run:
         if warning:
             log.warning(warning)
         log.info(
-            f"step {self.state.step:6d}/{self.config.train.steps}  loss {figures['train/npair_loss']:.4f}"
+            f"step {self.state.step:6d}/{self.config.train.steps}  loss {figures['train/data_loss']:.4f}"
             f"  norm {math.sqrt(figures['train/squared_norm']):5.2f}  grad {figures['train/grad_norm']:7.3f}"
             f"  lr {rate:.2e}  {images_per_s:7.1f} images/s  wait {wait_s / step_s:5.1%}"
         )
@@ -236,7 +248,8 @@ class Run:
         self._stop_if_not_finite()  # a checkpoint is never of a network that is lost
         self.state.mined = self.plan.pending(self.state.step)
         table = self.miner.table.state() if self.miner and self.miner.table else {}
-        self.saver.save(self.engine, self.state, table_rows=table, must=must)
+        vectors = self.loss.class_vectors.state() if self.loss.class_vectors else {}  # over all ranks
+        self.saver.save(self.engine, self.state, table_rows=table, class_vectors=vectors, must=must)
 
     def _log_judgement(self, judgement: Judgement) -> None:
         """Record how good the network is, and whether it is the best so far by `eval.best_metric`."""

@@ -71,6 +71,31 @@ def test_embeddings_of_several_networks_stand_side_by_side(
     assert np.linalg.norm(both[:, 16:], axis=1) == pytest.approx(np.ones(7), abs=1e-6)
 
 
+def test_networks_of_different_widths_make_no_ensemble(
+    synthetic: Path, runs: tuple[Path, Path], world: World, tmp_path: Path
+) -> None:
+    faces = open_faces([synthetic / "faces" / "heldout"])
+    config = Config(data=DataConfig(image_px=32), model=ModelConfig(name="casianet", embedding_dim=8, norm="none"))
+    save_weights(dict(build_backbone(config.model, channels=3, image_px=32).state_dict()), config, tmp_path)
+    networks = [open_network(run, OnnxInput()) for run in (runs[0], tmp_path)]
+
+    def decode(image: int, data: DataConfig) -> Any:
+        return decode_face(faces.read(image), data, faces.names[image])
+
+    with pytest.raises(ValueError, match=rf"{tmp_path}: expected embeddings of 16 numbers, as of {runs[0]}, got 8"):
+        embed_all(networks, decode, faces.names[:3], EmbedOptions(), world)
+
+
+def test_retrieval_takes_an_ensemble(synthetic: Path, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    images = ("--images", str(synthetic / "faces" / "heldout"), "--clusterings", "0", "--device", "cpu")
+    figures = []
+    for name, checkpoints in (("first", runs[:1]), ("both", runs)):
+        main(["retrieval", "--checkpoint", *map(str, checkpoints), *images, "--out", str(tmp_path / name)])
+        figures.append(json.loads((tmp_path / name / "results.json").read_text())["retrieval"])
+    assert figures[0]["items"] == figures[1]["items"]
+    assert figures[0]["map_at_r"] != figures[1]["map_at_r"]
+
+
 def test_the_command_takes_several_checkpoints(synthetic: Path, runs: tuple[Path, Path], tmp_path: Path) -> None:
     lfw("--checkpoint", *runs, *heldout(synthetic), "--out", tmp_path / "both")
     lfw("--checkpoint", runs[0], *heldout(synthetic), "--out", tmp_path / "first")

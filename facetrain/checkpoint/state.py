@@ -1,7 +1,8 @@
 """Checkpoints: atomic save, resume at any number of ranks, prune.
 
 A checkpoint is a folder `checkpoints/step-00001000/`: `model.safetensors` and `config.yaml` (all that embedding needs),
-`optimizer.safetensors`, `plan.safetensors` and `state.json`; with mining.mode=table also each rank's part of the table,
+`optimizer.safetensors`, `plan.safetensors` and `state.json`; `class_vectors.safetensors` where the loss has them;
+with mining.mode=table also each rank's part of the table,
 `mining_table-00000.safetensors` and so on; and `SHA256SUMS`, which proves that it is whole.
 """
 
@@ -25,6 +26,7 @@ from facetrain.checkpoint.folder import aside_of, checkpoint_folder, flush_and_s
 from facetrain.checkpoint.weights import read_tensors, save_tensors, save_weights
 from facetrain.config import Config
 from facetrain.engine import Engine
+from facetrain.losses.class_vectors import ClassVectors
 from facetrain.world import World
 
 
@@ -54,6 +56,7 @@ def save_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
+    class_vectors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of `state.step`; every rank must call it.
 
@@ -65,12 +68,15 @@ def save_checkpoint(
         world: The ranks.
         table_rows: This rank's part of the mining table: consecutive rows of each tensor, and in `first_row` the number
             of the first. None or empty is no table.
+        class_vectors: What `ClassVectors.state` returned; None or empty where the loss has none.
 
     Raises:
         OSError: A rank can't write, as on a full disk; on every rank. Nothing is left of it, and nothing is pruned.
     """
     weights, optimizer_state = engine.weights(), engine.optimizer_state()  # over all ranks
-    return write_checkpoint(run_dir, weights, optimizer_state, state, config, world, table_rows=table_rows)
+    return write_checkpoint(
+        run_dir, weights, optimizer_state, state, config, world, table_rows=table_rows, class_vectors=class_vectors
+    )
 
 
 def write_checkpoint(
@@ -82,9 +88,13 @@ def write_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
+    class_vectors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint from what the engine gave; every rank must call it. More in `save_checkpoint`."""
-    world.on_main(begin_checkpoint(run_dir, weights, optimizer_state, state, config, world, table_rows=table_rows))
+    finish = begin_checkpoint(
+        *(run_dir, weights, optimizer_state, state, config, world), table_rows=table_rows, class_vectors=class_vectors
+    )
+    world.on_main(finish)
     return checkpoint_folder(run_dir, state.step)
 
 
@@ -97,6 +107,7 @@ def begin_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
+    class_vectors: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], None]:
     """Begin a checkpoint on all ranks; what is returned does the rest on rank 0, also in a thread beside the training.
 
@@ -123,6 +134,8 @@ def begin_checkpoint(
         with _nothing_left_of(aside):
             save_weights(weights, config, aside)
             save_tensors(optimizer_state, aside / "optimizer.safetensors")
+            if class_vectors:
+                save_tensors(dict(class_vectors), aside / "class_vectors.safetensors")
             arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
             (aside / "plan.safetensors").write_bytes(array_bytes(arrays))
             scalars = {key: value for key, value in vars(state).items() if key not in ("draws", "mined")}
@@ -191,6 +204,19 @@ def load_table_rows(folder: Path, rows: range) -> dict[str, Tensor]:
             f"{folder}: not a whole checkpoint ({missing} of {len(rows)} rows of the mining table are gone)"
         )
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+
+def load_class_vectors(folder: Path, class_vectors: ClassVectors) -> None:
+    """Put what the loss had learned at a checkpoint into its vectors.
+
+    Raises:
+        ValueError: The file is missing, damaged, or of other classes.
+    """
+    file = folder / "class_vectors.safetensors"
+    try:
+        class_vectors.load(read_tensors(load_tensors, file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load_optimizer(folder: Path, engine: Engine) -> None:

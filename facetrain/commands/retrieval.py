@@ -9,7 +9,7 @@ from facetrain.command_line import new_parser, parse_arguments
 def retrieval(argv: Sequence[str]) -> None:
     """Evaluate retrieval and clustering on any labelled set."""
     parser = new_parser("facetrain retrieval", "Recall@K, MAP@R, kNN, M negatives; k-means: NMI and F1.")
-    parser.add_argument("--checkpoint", type=str, help="run folder or .safetensors file whose network embeds --images")
+    parser.add_argument("--checkpoint", nargs="+", type=str, help="run folders, .safetensors or .onnx files that embed")
     parser.add_argument("--images", nargs="+", type=str, help="folder with a folder per class, or tars of that")
     parser.add_argument("--embeddings", type=str, help=".npz with names and embeddings, instead of --checkpoint")
     parser.add_argument("--recall-at", nargs="+", type=int, help="K of Recall@K; by default 1 2 4 8 10 100")
@@ -25,7 +25,8 @@ def retrieval(argv: Sequence[str]) -> None:
     for flag, value in (("--clusterings", args.clusterings), ("--seed", args.seed)):
         if value < 0:
             raise ValueError(f"{flag}: expected 0 or more, got {value}")
-    from facetrain.retrieve import RetrievalSettings, retrieval_of_checkpoint, retrieval_of_embeddings
+    from facetrain.networks import EmbedOptions
+    from facetrain.retrieve import RetrievalSettings, retrieval_of_checkpoints, retrieval_of_embeddings
 
     settings = RetrievalSettings(
         recall_at=tuple(args.recall_at or ()),
@@ -33,9 +34,9 @@ def retrieval(argv: Sequence[str]) -> None:
         clusterings=args.clusterings,
         seed=args.seed,
     )
-    common = {"device": args.device, "out": Path(args.out)}
     if args.embeddings is not None:
-        retrieval_of_embeddings(Path(args.embeddings), settings, **common)
-    else:
-        images = [Path(path) for path in args.images]
-        retrieval_of_checkpoint(Path(args.checkpoint), images, settings, mirror=not args.no_mirror, **common)
+        retrieval_of_embeddings(Path(args.embeddings), settings, device=args.device, out=Path(args.out))
+        return
+    checkpoints, images = ([Path(path) for path in paths] for paths in (args.checkpoint, args.images))
+    options = EmbedOptions(mirror=not args.no_mirror, device=args.device)
+    retrieval_of_checkpoints(checkpoints, images, settings, options=options, out=Path(args.out))

@@ -3,6 +3,7 @@
 from facetrain.config.data import DataConfig
 from facetrain.config.eval import EvalConfig
 from facetrain.config.loss import LossConfig
+from facetrain.config.loss_parameters import ClassesConfig
 from facetrain.config.mining import MiningConfig
 from facetrain.config.model import ModelConfig
 from facetrain.config.run import RunConfig, TrackingConfig
@@ -10,6 +11,7 @@ from facetrain.config.train import TrainConfig
 from facetrain.config.whole import Config
 
 __all__ = [
+    "ClassesConfig",
     "Config",
     "DataConfig",
     "EvalConfig",

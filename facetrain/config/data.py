@@ -40,6 +40,8 @@ class DataConfig:
     """Identities, drawn by the seed, that are never trained on and give the held-out pairs."""
     exclude: tuple[str, ...] = ()
     """Names of identities that are left out of training, such as people who are also in the test set."""
+    min_images: int = 2
+    """Identities with fewer images are left out of training; at least train.images_per_identity counts."""
     window_shards: int | None = None
     """Shards that each virtual node draws from at a time, for sets that are larger than a node's disk; null draws each
     batch from all shards."""
@@ -62,6 +64,7 @@ class DataConfig:
         if self.window_shards is not None:
             self._check_window(self.window_shards)
         self._check_cache()
+        at_least("data.min_images", self.min_images, 2)
         for name in ("crop_jitter_px", "holdout_identities", "workers"):
             at_least(f"data.{name}", getattr(self, name), 0)
         if self.crop_px is not None and not 1 <= self.crop_px <= self.shard_px:

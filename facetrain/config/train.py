@@ -12,6 +12,8 @@ class TrainConfig:
 
     global_pairs: int = 128
     """N: pairs of the global batch, each of another identity; pairs per rank are N / world size."""
+    images_per_identity: int = 2
+    """K, even: an identity gives K different images, K / 2 of the pairs, so that a batch has 2 N / K identities."""
     micro_pairs: int | None = None
     """Pairs per forward, a divisor of N / world size: less memory for one more forward (GradCache); null: all."""
     overlap: bool = False
@@ -56,6 +58,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check the bounds."""
         at_least("train.global_pairs", self.global_pairs, 2)
+        pairs_each, odd = divmod(self.images_per_identity, 2)
+        if pairs_each < 1 or odd or self.global_pairs % pairs_each or self.global_pairs < 2 * pairs_each:
+            raise ValueError(
+                f"train.images_per_identity: expected an even number K, of which K / 2 pairs divide train.global_pairs"
+                f" = {self.global_pairs} into two identities or more, got {self.images_per_identity}"
+            )
         for name in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
             at_least(f"train.{name}", getattr(self, name), 1)
         at_least("train.max_failed_saves", self.max_failed_saves, 0)

@@ -1,7 +1,8 @@
 """The whole of a run's settings, and what concerns two sections."""
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from facetrain.config.data import DataConfig
@@ -28,10 +29,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what concerns two sections."""
-        for section in fields(self):
-            for key, value in vars(getattr(self, section.name)).items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise ValueError(f"{section.name}.{key}: expected a finite number, got {value}")
+        for key, value in self.flat().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: expected a finite number, got {value}")
         if self.train.overlap:
             self._check_overlap()
         row_bytes = 4 * self.train.global_pairs
@@ -52,6 +52,7 @@ class Config:
             )
         if self.data.window_shards is not None:
             self._check_window()
+        self._check_sampler()
         ahead = self.data.workers * self.data.prefetch
         if self.mining.mode != "off" and self.mining.lag_steps < ahead:
             raise ValueError(
@@ -71,6 +72,22 @@ class Config:
                 f" '{self.mining.mode}'"
             )
 
+    def _check_sampler(self) -> None:
+        """Check that the loss, mining and the shards' window can do with so many images of an identity."""
+        images = self.train.images_per_identity
+        if self.loss.name == "group" and self.loss.group.anchors >= images:
+            raise ValueError(
+                f"loss.group.anchors: expected fewer than train.images_per_identity = {images}, so that there are"
+                f" classes to find, got {self.loss.group.anchors}"
+            )
+        if images > 2 and self.mining.mode != "off":
+            raise ValueError(
+                f"train.images_per_identity: expected 2 with mining.mode '{self.mining.mode}', which mines pairs, got"
+                f" {images}"
+            )
+        if images > 2 and self.data.window_shards is not None:
+            raise ValueError(f"train.images_per_identity: expected 2 with data.window_shards, got {images}")
+
     def _check_overlap(self) -> None:
         if self.model.norm == "batch" or self.model.name.startswith("torchvision:"):
             raise ValueError(
@@ -79,13 +96,20 @@ class Config:
             )
         if self.train.micro_pairs is not None:
             raise ValueError(f"train.overlap: goes with train.micro_pairs null, got {self.train.micro_pairs}")
-        if self.loss.name == "tuplet":
-            raise ValueError("train.overlap: goes with loss.name npair-mc or npair-ovo, got 'tuplet'")
+        if self.loss.name not in ("npair-mc", "npair-ovo"):
+            raise ValueError(f"train.overlap: goes with loss.name npair-mc or npair-ovo, got '{self.loss.name}'")
 
     def flat(self) -> dict[str, Any]:
         """Return every setting under its dotted key."""
         return {
-            f"{section.name}.{key.name}": getattr(getattr(self, section.name), key.name)
-            for section in fields(self)
-            for key in fields(getattr(self, section.name))
+            key: value for section in fields(self) for key, value in _flat(section.name, getattr(self, section.name))
         }
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the settings under a key: sections may hold sections."""
+    if is_dataclass(value):
+        for inner in fields(value):
+            yield from _flat(f"{key}.{inner.name}", getattr(value, inner.name))
+    else:
+        yield key, value

@@ -1,6 +1,7 @@
 """Which identities and which images make the batch of a step: a pure function of seed, step and mined lists.
 
-Dims: I identities that are trained on, N global pairs, B mined batches.
+Dims: I identities that are trained on, N global pairs, K images of an identity in a batch, P = 2 N / K identities of
+it, B mined batches.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ class StepPlan:
     step: int
     """The optimizer step, from 0."""
     labels_N: Ints  # noqa: N815 - dims as suffixes
-    """Identities, as rows of the class table; none stands twice in the step."""
+    """Identities, as rows of the class table; each stands in K / 2 rows, one after another."""
     image_idx_N2: Ints  # noqa: N815
-    """Global image numbers of anchor and positive, two distinct images of the identity."""
+    """Global image numbers of anchor and positive; no image stands twice in the step."""
     augment_seeds_N2: npt.NDArray[np.uint32]  # noqa: N815
     """One augmentation seed per image."""
 
@@ -36,29 +37,41 @@ class StepPlan:
 class Plan:
     """The stream of batches.
 
-    Without mining it is one endless stream of permutations of the identities, cut into batches of N. An identity that
+    Without mining it is one endless stream of permutations of the identities, cut into batches of P. An identity that
     would stand twice in the batch that spans two permutations swaps places with the next one that doesn't, so that
     each permutation still holds every identity once. A mined batch takes the place of the random batch of its step,
     which is then not drawn. Nothing depends on the number of ranks.
     """
 
-    def __init__(self, table: ClassTable, identities: Ints, *, global_pairs: int, seed: int) -> None:
+    def __init__(
+        self, table: ClassTable, identities: Ints, *, global_pairs: int, seed: int, images_per_identity: int = 2
+    ) -> None:
         """Plan batches of `global_pairs` pairs.
 
         Args:
             table: The identities and images of the shards.
-            identities: Rows of the table that are trained on, each with two or more images.
+            identities: Rows of the table that are trained on, each with K or more images.
             global_pairs: N.
             seed: 0 or more.
+            images_per_identity: K, an even number; K / 2 divides N.
 
         Raises:
-            ValueError: There are fewer identities than pairs.
+            ValueError: There are fewer identities than a batch takes.
         """
-        if global_pairs > len(identities):
+        self.identities_per_batch = 2 * global_pairs // images_per_identity
+        """P."""
+        if self.identities_per_batch > len(identities):
+            if images_per_identity > 2:
+                raise ValueError(
+                    f"train.images_per_identity: {self.identities_per_batch} identities with {images_per_identity}"
+                    f" images each make train.global_pairs = {global_pairs} pairs, but only {len(identities)} that are"
+                    " trained on have as many images"
+                )
             raise ValueError(
                 f"train.global_pairs: expected at most the {len(identities)} identities that are trained on,"
                 f" since each stands once in a batch, got {global_pairs}"
             )
+        self.images_per_identity = images_per_identity
         self.table = table
         self.identities_I = np.asarray(identities, dtype=np.int64)
         self.global_pairs = global_pairs
@@ -71,12 +84,13 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which the random stream passes every identity, ceil(I / N)."""
-        return -(-len(self.identities_I) // self.global_pairs)
+        """Steps in which the random stream passes every identity, ceil(I / P)."""
+        return -(-len(self.identities_I) // self.identities_per_batch)
 
     def describe(self) -> str:
         """Return how often identities are drawn, in words, for the log."""
-        return f"an identity is drawn every {len(self.identities_I) / self.global_pairs:.2f} steps"
+        images = f", with {self.images_per_identity} images at a time" if self.images_per_identity > 2 else ""
+        return f"an identity is drawn every {len(self.identities_I) / self.identities_per_batch:.2f} steps{images}"
 
     def shards_between(self, first_step: int, last_step: int, rank: int, world_size: int) -> set[int]:
         """Return the shards that a rank needs for these steps, both included; empty: any of them."""
@@ -84,11 +98,14 @@ class Plan:
 
     def step(self, step: int) -> StepPlan:
         """Return the batch of any step, all ranks together."""
-        labels_N = self._mined.get(step)
-        if labels_N is None:
-            labels_N = self._random_labels(step)
+        labels_P = self._mined.get(step)
+        if labels_P is None:
+            labels_P = self._random_labels(step)
+        labels_N = labels_P.repeat(self.images_per_identity // 2)
         rng = np.random.default_rng([self.seed, _IMAGES, step])
         augment_seeds_N2 = rng.integers(0, 1 << 32, size=(self.global_pairs, 2), dtype=np.uint32)
+        if self.images_per_identity > 2:
+            return StepPlan(step, labels_N, self._distinct_images(labels_P, rng).reshape(-1, 2), augment_seeds_N2)
         first_N = self._first_image[labels_N]
         num_images_N = self._first_image[labels_N + 1] - first_N
         anchor_N = rng.integers(0, num_images_N)
@@ -96,6 +113,15 @@ class Plan:
         positive_N = (anchor_N + rng.integers(1, num_images_N)) % num_images_N
         image_idx_N2 = first_N[:, None] + np.stack([anchor_N, positive_N], axis=1)
         return StepPlan(step, labels_N, image_idx_N2, augment_seeds_N2)
+
+    def _distinct_images(self, labels_P: Ints, rng: np.random.Generator) -> Ints:
+        """Draw K distinct images of each identity, [P, K]: those with the smallest of as many random numbers."""
+        first_P = self._first_image[labels_P]
+        num_images_P = self._first_image[labels_P + 1] - first_P
+        keys = rng.random((len(labels_P), int(num_images_P.max())))
+        keys[np.arange(keys.shape[1]) >= num_images_P[:, None]] = 1.0
+        order: Ints = np.argsort(keys, axis=1, kind="stable")
+        return first_P[:, None] + order[:, : self.images_per_identity]
 
     def add_mined(self, first_step: int, identities_BN: Ints) -> None:
         """Let mined identities make the batches of steps first_step to first_step + B - 1.
@@ -108,8 +134,9 @@ class Plan:
                 or has one image.
         """
         identities_BN = np.array(identities_BN, dtype=np.int64)
-        if identities_BN.ndim != 2 or identities_BN.shape[1] != self.global_pairs:
-            raise ValueError(f"mined lists: expected [batches, {self.global_pairs}], got {list(identities_BN.shape)}")
+        if identities_BN.ndim != 2 or identities_BN.shape[1] != self.identities_per_batch:
+            shape = list(identities_BN.shape)
+            raise ValueError(f"mined lists: expected [batches, {self.identities_per_batch}], got {shape}")
         in_table = (identities_BN >= 0) & (identities_BN < self.table.num_identities)
         known = identities_BN[in_table]
         lone = known[self._first_image[known + 1] - self._first_image[known] < 2]
@@ -134,14 +161,14 @@ class Plan:
         self._mined = self.pending(step)
 
     def _random_labels(self, step: int) -> Ints:
-        """Cut one batch from the stream; it spans two permutations at most, since N <= I."""
-        start = step * self.global_pairs
+        """Cut one batch from the stream; it spans two permutations at most, since P <= I."""
+        start = step * self.identities_per_batch
         epoch, offset = divmod(start, len(self.identities_I))
-        labels_N = self._permutation(epoch)[offset : offset + self.global_pairs]
-        if len(labels_N) < self.global_pairs:
-            head = self._permutation(epoch + 1)[: self.global_pairs - len(labels_N)]
-            labels_N = np.concatenate([labels_N, head])
-        return labels_N.copy()
+        labels_P = self._permutation(epoch)[offset : offset + self.identities_per_batch]
+        if len(labels_P) < self.identities_per_batch:
+            head = self._permutation(epoch + 1)[: self.identities_per_batch - len(labels_P)]
+            labels_P = np.concatenate([labels_P, head])
+        return labels_P.copy()
 
     def _permutation(self, epoch: int) -> Ints:
         """Return the identities in the order of an epoch, without repeats in the batch that began one epoch earlier."""
@@ -156,12 +183,12 @@ class Plan:
         return self._permutations[epoch]
 
     def _carried(self, epoch: int) -> int:
-        """Return how many pairs of the batch that spans the start of an epoch come from the epoch before."""
-        return epoch * len(self.identities_I) % self.global_pairs
+        """Return how many identities of the batch that spans the start of an epoch come from the epoch before."""
+        return epoch * len(self.identities_I) % self.identities_per_batch
 
     def _needs_earlier(self, epoch: int) -> bool:
-        """Return whether the swaps in the epoch before can reach its tail: they stay within its first N places."""
-        return self._carried(epoch) > 0 and len(self.identities_I) < 2 * self.global_pairs
+        """Return whether the swaps in the epoch before can reach its tail: they stay within its first P places."""
+        return self._carried(epoch) > 0 and len(self.identities_I) < 2 * self.identities_per_batch
 
     def _without_repeats(self, epoch: int) -> Ints:
         permutation = self._shuffled(epoch)
@@ -170,10 +197,14 @@ class Plan:
             return permutation
         before = self._permutations.get(epoch - 1)
         tail = (before if before is not None else self._shuffled(epoch - 1))[-carried:]
-        repeated = np.isin(permutation[: self.global_pairs], tail)
-        wrong = np.flatnonzero(repeated[: self.global_pairs - carried])
+        repeated = np.isin(permutation[: self.identities_per_batch], tail)
+        wrong = np.flatnonzero(repeated[: self.identities_per_batch - carried])
         # The places after the batch: as many as were carried over, so that there are always enough without a repeat.
-        spare = self.global_pairs - carried + np.flatnonzero(~repeated[self.global_pairs - carried :])[: len(wrong)]
+        spare = (
+            self.identities_per_batch
+            - carried
+            + np.flatnonzero(~repeated[self.identities_per_batch - carried :])[: len(wrong)]
+        )
         permutation[wrong], permutation[spare] = permutation[spare], permutation[wrong]
         return permutation
 

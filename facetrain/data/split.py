@@ -19,21 +19,26 @@ class IdentitySplit:
     """Rows of the class table, ascending and disjoint; excluded identities are in none of them."""
 
     train: Ints
-    """Identities that are trained on; each has two or more images."""
+    """Identities that are trained on; each has `min_images` or more."""
     heldout: Ints
     """Identities that are never trained on; each has two or more images."""
     single: Ints
     """Identities with one image, which can't make a pair and are left out."""
     excluded: Ints
     """Identities that were named and are left out."""
+    few: Ints
+    """Identities with two or more images, but fewer than training takes, which are left out."""
+    min_images: int
+    """Images that training takes of an identity at least."""
     unknown_names: tuple[str, ...]
     """Names that were to be excluded and aren't in the set."""
 
     def describe(self) -> str:
         """Return the counts in words, for the log."""
+        few = f", {len(self.few)} with fewer than {self.min_images} images" if self.min_images > 2 else ""
         return (
             f"{len(self.train)} identities are trained on, {len(self.heldout)} held out,"
-            f" {len(self.single)} with a single image left out, {len(self.excluded)} excluded"
+            f" {len(self.single)} with a single image{few} left out, {len(self.excluded)} excluded"
         )
 
 
@@ -51,7 +56,9 @@ class HeldoutPairs:
     """Fold of each pair, from 0, ascending, [P]."""
 
 
-def split_identities(table: ClassTable, *, holdout: int, exclude: Sequence[str], seed: int) -> IdentitySplit:
+def split_identities(
+    table: ClassTable, *, holdout: int, exclude: Sequence[str], seed: int, min_images: int = 2
+) -> IdentitySplit:
     """Divide the identities of the shards.
 
     Args:
@@ -59,6 +66,7 @@ def split_identities(table: ClassTable, *, holdout: int, exclude: Sequence[str],
         holdout: Identities to hold out, drawn by the seed among those with two or more images.
         exclude: Names of identities to leave out; names that the set doesn't have are returned, for the log.
         seed: 0 or more.
+        min_images: Images of an identity that is trained on, 2 or more; those held out don't depend on it.
 
     Raises:
         ValueError: Fewer identities than `holdout` have two or more images, or the set has none of the names.
@@ -79,11 +87,14 @@ def split_identities(table: ClassTable, *, holdout: int, exclude: Sequence[str],
             f" got {holdout}"
         )
     heldout = np.sort(np.random.default_rng([seed, _HOLDOUT]).choice(usable, holdout, replace=False))
+    rest = np.setdiff1d(usable, heldout, assume_unique=True)
     return IdentitySplit(
-        train=np.setdiff1d(usable, heldout, assume_unique=True),
+        train=rest[num_images[rest] >= min_images],
         heldout=heldout,
         single=np.flatnonzero(~is_excluded & (num_images == 1)),
         excluded=np.flatnonzero(is_excluded),
+        few=rest[num_images[rest] < min_images],
+        min_images=min_images,
         unknown_names=tuple(name for name in exclude if name in unknown),
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from facetrain.config import Config
+from facetrain.config.loss import NPAIR_LOSSES
 from facetrain.data.plan import pairs_per_rank
 from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.collectives import Collective, step_collectives
@@ -63,8 +64,11 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
         identities: Trained identities, which bound mining's candidates.
 
     Raises:
-        ValueError: The pairs can't be divided among the GPUs, or those of a GPU into chunks of `train.micro_pairs`.
+        ValueError: The pairs can't be divided among the GPUs, or those of a GPU into chunks of `train.micro_pairs`; or
+            the work of the loss isn't known.
     """
+    if config.loss.name not in NPAIR_LOSSES:
+        raise ValueError(f"loss.name: estimated are {', '.join(NPAIR_LOSSES)}, got '{config.loss.name}'")
     W, train = cluster.world_size, config.train
     schedule = schedule_of(train, W)
     network = measure_network(config.model, config.data)

@@ -4,10 +4,10 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from facetrain.config.loss import LossName
 from facetrain.step import StepStats
 from facetrain.world import World
 
@@ -73,28 +73,35 @@ def not_finite_error(
     )
 
 
-def loss_of_equal_scores(name: Literal["npair-mc", "npair-ovo", "tuplet"], global_pairs: int) -> float:
-    """Return the loss of a network that gives every image the same embedding: log N, or (N - 1) log 2 one on one."""
-    return (global_pairs - 1) * math.log(2) if name == "npair-ovo" else math.log(global_pairs)
+def loss_of_equal_scores(name: LossName, global_pairs: int, images_per_identity: int = 2) -> float | None:
+    """Return the loss of a network that gives every image the same embedding; None where it isn't known.
+
+    With m negatives for each pair that is log(1 + m), or m log 2 one on one.
+    """
+    negatives = global_pairs - images_per_identity // 2
+    known = {"npair-mc": math.log(1 + negatives), "npair-ovo": negatives * math.log(2)}
+    return (known | {"tuplet": known["npair-mc"]}).get(name)
 
 
 class CollapseWatch:
     """Says once when a network gives everyone the same embedding, or tells nobody apart."""
 
-    def __init__(self, chance_loss: float) -> None:
-        """Compare with `chance_loss`, that of equal scores."""
+    def __init__(self, chance_loss: float | None) -> None:
+        """Compare with `chance_loss`, that of equal scores; None looks at the spread alone."""
         self.chance_loss = chance_loss
         self._lines = 0
 
     def warning(self, figures: dict[str, float]) -> str | None:
         """Return what to say about the figures of a log line after the warm-up; once a run, else None."""
-        near_chance = abs(figures["train/npair_loss"] / self.chance_loss - 1) < _NEAR_CHANCE
+        chance_loss = self.chance_loss
+        near_chance = chance_loss is not None and abs(figures["train/data_loss"] / chance_loss - 1) < _NEAR_CHANCE
         if self._lines < _COLLAPSED_LINES:
             self._lines = self._lines + 1 if near_chance or figures["train/spread"] < _MIN_SPREAD else 0
             if self._lines == _COLLAPSED_LINES:
+                equal = "" if chance_loss is None else f", equal scores give {chance_loss:.4f}"
                 return (
-                    f"the network seems to have collapsed: loss {figures['train/npair_loss']:.4f}, equal scores give"
-                    f" {self.chance_loss:.4f}; spread of the embeddings {figures['train/spread']:.2%}. Try a smaller"
-                    " train.learning_rate, a longer train.warmup_steps, a smaller loss.l2_weight, or model.norm=batch"
+                    f"the network seems to have collapsed: loss {figures['train/data_loss']:.4f}{equal}; spread of the"
+                    f" embeddings {figures['train/spread']:.2%}. Try a smaller train.learning_rate, a longer"
+                    " train.warmup_steps, a smaller loss.l2_weight, or model.norm=batch"
                 )
         return None

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from facetrain.config import LossConfig
-from facetrain.losses.npair import LossValue, NPairLoss
+from facetrain.losses.loss import Loss, LossValue
 from facetrain.world import World
 
 
@@ -69,14 +69,19 @@ class StepClock:
         return event
 
 
-class TimedLoss(NPairLoss):
-    """The loss, which is where a rank first needs the others; it tells the clock so."""
+class TimedLoss(Loss):
+    """A loss, which is where a rank first needs the others; it tells the clock so."""
 
-    def __init__(self, config: LossConfig, world: World, clock: StepClock) -> None:
-        super().__init__(config, world)
-        self._clock = clock
+    def __init__(self, loss: Loss, clock: StepClock) -> None:
+        super().__init__(loss.config, loss.world)
+        self._loss, self._clock = loss, clock
+        self.class_vectors = loss.class_vectors
 
-    def __call__(self, *args: Any) -> LossValue:
-        """Compute what `NPairLoss` does."""
+    def data_loss(self, *args: Any) -> Tensor:
+        """Compute what the loss does."""
+        return self._loss.data_loss(*args)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LossValue:
+        """Tell the clock, and compute what the loss does."""
         self._clock.has_embeddings()
-        return super().__call__(*args)
+        return super().__call__(*args, **kwargs)

@@ -12,6 +12,10 @@ def table_of(image_counts):
     return ClassTable(names=names, first_image=np.concatenate([[0], np.cumsum(image_counts)]).astype(np.int64))
 
 
+def people(table, images):
+    return np.searchsorted(table.first_image, images, side="right") - 1
+
+
 def plan_of(num_identities, global_pairs, seed=7):
     table = table_of([2 + i % 5 for i in range(num_identities)])
     return Plan(table, np.arange(num_identities), global_pairs=global_pairs, seed=seed)
@@ -134,6 +138,41 @@ def test_a_mined_identity_with_one_image_is_named():
     plan = Plan(table_of([2, 3, 1, 4, 2]), np.array([0, 1, 3, 4]), global_pairs=2, seed=0)
     with pytest.raises(ValueError, match="mined lists of steps from 5: name 'person2', which has one image; expected"):
         plan.add_mined(5, np.array([[0, 1], [3, 2]]))
+
+
+@pytest.mark.parametrize("images_per_identity", [4, 6])
+def test_an_identity_gives_k_different_images_to_a_batch(images_per_identity):
+    table, of_each = table_of([6, 7, 12, 6, 9, 30, 6, 6, 8, 6, 11]), images_per_identity // 2
+    plan = Plan(table, np.arange(11), global_pairs=12, seed=1, images_per_identity=images_per_identity)
+    drawn = np.zeros(11, dtype=np.int64)
+    for step in range(11):
+        step_plan = plan.step(step)
+        rows = step_plan.labels_N.reshape(-1, of_each)
+        assert (rows == rows[:, :1]).all()
+        assert len(np.unique(rows)) == len(rows) == 12 // of_each == plan.identities_per_batch
+        assert len(np.unique(step_plan.image_idx_N2)) == 24
+        assert (people(table, step_plan.image_idx_N2) == step_plan.labels_N[:, None]).all()
+        count_draws(drawn, step_plan)
+        by_rank = [step_plan.slice(rank, 4) for rank in range(4)]
+        assert np.array_equal(np.concatenate([part.image_idx_N2 for part in by_rank]), step_plan.image_idx_N2)
+    assert (drawn == plan.identities_per_batch).all()  # each once in a pass
+    again = Plan(table, np.arange(11), global_pairs=12, seed=1, images_per_identity=images_per_identity)
+    assert same(again.step(7), plan.step(7))
+
+
+def test_all_images_of_an_identity_are_drawn_alike():
+    plan = Plan(table_of([5, 9]), np.arange(2), global_pairs=4, seed=0, images_per_identity=4)
+    counts = sum(np.bincount(plan.step(step).image_idx_N2.ravel(), minlength=14) for step in range(2000))
+    assert abs(counts[:5] / 2000 - 4 / 5).max() < 0.05
+    assert abs(counts[5:] / 2000 - 4 / 9).max() < 0.05
+
+
+def test_too_few_identities_with_k_images_are_refused():
+    message = (
+        r"train\.images_per_identity: 12 identities with 4 images each make train\.global_pairs = 24 pairs, but only 11"
+    )
+    with pytest.raises(ValueError, match=message):
+        Plan(table_of([4] * 11), np.arange(11), global_pairs=24, seed=0, images_per_identity=4)
 
 
 def test_more_pairs_than_identities_is_refused():

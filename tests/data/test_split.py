@@ -23,6 +23,15 @@ def test_every_identity_falls_into_one_part():
     assert len(split.heldout) == 3
 
 
+def test_identities_with_few_images_are_left_out_and_the_held_out_stay_who_they_are():
+    split, all_of_them = (split_identities(MIXED, holdout=3, exclude=(), seed=1, min_images=m) for m in (5, 2))
+    assert split.heldout.tolist() == all_of_them.heldout.tolist()
+    assert set(split.train) | set(split.few) == set(all_of_them.train)
+    counts = np.diff(MIXED.first_image)
+    assert counts[split.train].min() >= 5 > counts[split.few].max()
+    assert f"{len(split.few)} with fewer than 5 images left out" in split.describe()
+
+
 def test_seed_decides_who_is_held_out():
     table = table_of([2] * 100)
     drawn = [split_identities(table, holdout=10, exclude=(), seed=s).heldout.tolist() for s in (1, 1, 2)]

@@ -96,6 +96,7 @@ def test_the_command_prints_one_screen_and_writes_all_of_it(tmp_path: Path, caps
         (["--link-gb-per-s", "-1"], ["--link-gb-per-s", "-1"]),
         (["--nodez", "2"], ["nodez"]),
         (["--train.global_pairs", "30"], ["train.global_pairs", "30", "8"]),
+        (["--loss.name", "softmax"], ["loss.name", "npair-mc", "softmax"]),
         (["--train.micro_pairs", "3"], ["train.micro_pairs", "16", "3"]),
     ],
 )

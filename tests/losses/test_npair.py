@@ -84,7 +84,7 @@ def test_every_variant_is_its_formula_and_passes_gradcheck(variant, labels):
     anchors, positives = torch.randn(2, 6, 4, dtype=torch.float64).requires_grad_()
     loss = NPairLoss(LossConfig(l2_weight=0.01, **variant), World())
     value = loss(anchors, positives, labels)
-    torch.testing.assert_close(value.npair, by_the_formula(anchors, positives, labels, **variant).detach())
+    torch.testing.assert_close(value.data, by_the_formula(anchors, positives, labels, **variant).detach())
 
     def recomputed(a, p):  # gradcheck goes backward more than once, and the loss's graph serves one time
         return checkpoint(lambda a, p: loss(a, p, labels).total, a, p, use_reentrant=False)
@@ -120,7 +120,7 @@ def test_the_symmetric_loss_is_the_mean_of_two_cross_entropies():
     logits = anchors @ positives.T
     expected = (F.cross_entropy(logits, torch.arange(9)) + F.cross_entropy(logits.T, torch.arange(9))) / 2
     value = NPairLoss(LossConfig(symmetric=True), World())(anchors, positives, torch.arange(9))
-    torch.testing.assert_close(value.npair, expected)
+    torch.testing.assert_close(value.data, expected)
 
 
 def test_gradients_equal_those_of_a_cross_entropy():
@@ -176,7 +176,7 @@ def test_penalty_is_the_mean_squared_norm_of_all_embeddings():
     value = NPairLoss(LossConfig(l2_weight=0.5), World())(anchors, positives, torch.arange(5))
     mean = torch.cat([anchors, positives]).square().sum(1).mean()
     torch.testing.assert_close(value.squared_norm, mean)
-    torch.testing.assert_close(value.total, value.npair + 0.5 * mean)
+    torch.testing.assert_close(value.total, value.data + 0.5 * mean)
 
 
 def test_bfloat16_embeddings_are_scored_in_float32_also_under_autocast():
@@ -184,5 +184,5 @@ def test_bfloat16_embeddings_are_scored_in_float32_also_under_autocast():
     loss = NPairLoss(LossConfig(), World())
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(anchors, positives, torch.arange(32))
-    torch.testing.assert_close(value.npair, rows(anchors.float(), positives.float()).mean())
+    torch.testing.assert_close(value.data, rows(anchors.float(), positives.float()).mean())
     assert value.total.dtype == torch.float32

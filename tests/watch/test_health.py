@@ -12,7 +12,7 @@ from facetrain.world import World
 def stats(grad_norm, loss=1.0):
     one = torch.tensor(loss)
     return StepStats(
-        loss=one, npair=one, squared_norm=one, grad_norm=torch.tensor(grad_norm), embeddings_VnD=torch.ones(2, 1, 1)
+        loss=one, data_loss=one, squared_norm=one, grad_norm=torch.tensor(grad_norm), embeddings_VnD=torch.ones(2, 1, 1)
     )
 
 
@@ -34,12 +34,12 @@ def test_the_first_step_that_is_not_finite_is_remembered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("npair_loss", "spread"), [(math.log(64), 0.9), (3.0, 0.001)], ids=["loss of equal scores", "no spread"]
+    ("data_loss", "spread"), [(math.log(64), 0.9), (3.0, 0.001)], ids=["loss of equal scores", "no spread"]
 )
-def test_a_collapse_is_said_once_after_three_log_lines(npair_loss, spread):
+def test_a_collapse_is_said_once_after_three_log_lines(data_loss, spread):
     watch = CollapseWatch(loss_of_equal_scores("npair-mc", 64))
-    healthy = {"train/npair_loss": 3.0, "train/spread": 0.9}
-    collapsed = {"train/npair_loss": npair_loss, "train/spread": spread}
+    healthy = {"train/data_loss": 3.0, "train/spread": 0.9}
+    collapsed = {"train/data_loss": data_loss, "train/spread": spread}
     said = [watch.warning(f) for f in (collapsed, collapsed, healthy, collapsed, collapsed, collapsed, collapsed)]
     assert [bool(warning) for warning in said] == [False, False, False, False, False, True, False]
     assert "collapsed" in said[5]
