@@ -1,6 +1,9 @@
 """The run folder: whether it is new, to be continued, or finished; and the log inside it."""
 
 import logging
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ FREE_KEYS = (
     "run.resume",
     "run.device",
     "run.timeout_s",
+    "run.rendezvous_timeout_s",
+    "run.checkpoint_timeout_s",
     "data.shards",  # a checkpoint knows their content
     "data.cache_dir",
     "data.cache_bytes",
@@ -31,6 +36,7 @@ FREE_KEYS = (
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.async_checkpoint",
     "train.max_failed_saves",
     "train.straggler_factor",
     "train.profile_steps",
@@ -49,6 +55,10 @@ FREE_KEYS = (
     "tracking.sweep",
     "tracking.register_as",
 )
+
+
+_SEEN_WITHIN_S = 10.0
+"""Seconds that other hosts may take to see a new file; network file systems keep lists of names for a while."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def claim_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
     Rank 0 holds it and stores the resolved config, which starts the same run again.
 
     Raises:
-        ValueError: As `open_run_folder`, or another job holds the folder; on every rank.
+        ValueError: As `open_run_folder`, another job holds the folder, or a host sees another one; on every rank.
     """
     with ExitStack() as held:
 
@@ -121,7 +131,32 @@ def claim_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
                 tidy(path, folder.damaged)
             return folder
 
-        yield world.on_main(claim)
+        folder = world.on_main(claim)
+        if not folder.is_finished:
+            _check_all_see(folder.path, world)
+        yield folder
+
+
+def _check_all_see(path: Path, world: World) -> None:
+    """Refuse a folder that isn't everyone's: with rank 0 on another host, a restart would begin from step 0.
+
+    Over all ranks: every rank ends with the same answer.
+    """
+    if world.world_size == 1:
+        return
+    probe = path / "logs" / f".seen-{world.broadcast_object(uuid.uuid4().hex)}"
+    world.on_main(probe.touch)
+    give_up_at = time.monotonic() + _SEEN_WITHIN_S
+    while not probe.exists() and time.monotonic() < give_up_at:
+        time.sleep(0.1)
+    hosts = world.all_gather_object((socket.gethostname(), probe.exists()))
+    world.on_main(probe.unlink)
+    blind = sorted({host for host, sees in hosts if not sees})
+    if blind:
+        raise ValueError(
+            f"run.dir: {path} on {', '.join(blind)} isn't that of rank 0 on {hosts[0][0]}; give a folder on a file"
+            " system that all hosts mount"
+        )
 
 
 def _is_finished(path: Path) -> bool:

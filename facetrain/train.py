@@ -64,7 +64,7 @@ def train(config: Config) -> None:
         ValueError: The config, the shards, the evaluation lists or the run folder can't be used; one line says why.
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    with start_world(config.run.device, config.run.timeout_s) as world:
+    with start_world(config.run.device, config.run.timeout_s, config.run.rendezvous_timeout_s) as world:
         check_same_shards(inputs.shards, world)
         if config.data.partitioned:
             inputs = share_out(inputs, config, world)
@@ -129,6 +129,8 @@ class Run:
         except BaseException:
             self.tracker.finish(status="FAILED")
             raise
+        finally:
+            self.saver.close()
 
     def _loop(self) -> None:
         config, state = self.config, self.state
@@ -149,7 +151,7 @@ class Run:
             while state.step < config.train.steps:
                 if stop.is_due():  # the same answer on all ranks
                     self._save(must=True)
-                    log.info(f"stopped at step {state.step} on request; the same command goes on from there")
+                    stop.end(state.step)
                     return
                 self._mine_if_due()
                 heartbeat.step = state.step

@@ -141,15 +141,24 @@ class World:
         """Return where ranks leave notes for each other; for more than one rank."""
         return Board(self.world_size)
 
-    def limit_waiting(self) -> None:
-        """Give every process group of this process the run's timeout.
+    def limit_waiting(self, timeout_s: float | None = None) -> None:
+        """Give every process group of this process a timeout, that of the run if none is given.
 
         DeepSpeed reduces on a copy of the world group, whose 30 minutes no argument of its own reaches.
         """
         if dist.is_initialized():
             set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.15
             for group in dist.distributed_c10d._world.pg_map:
-                set_timeout(timedelta(seconds=self.timeout_s), group)
+                set_timeout(timedelta(seconds=timeout_s or self.timeout_s), group)
+
+    @contextmanager
+    def waiting_up_to(self, timeout_s: float) -> Iterator[None]:
+        """Let collectives inside wait for a peer this long, where one rank alone is at work; every rank must do so."""
+        self.limit_waiting(timeout_s)
+        try:
+            yield
+        finally:
+            self.limit_waiting()
 
     def on_main(self, function: Callable[[], ObjectT]) -> ObjectT:
         """Call the function on rank 0 and return its value on every rank; every rank must call this.
@@ -191,10 +200,17 @@ REPORT_TIMEOUT_S = 3600.0
 
 
 @contextmanager
-def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Iterator[World]:
+def start_world(
+    device: Literal["auto", "cpu", "cuda"], timeout_s: float, rendezvous_timeout_s: float | None = None
+) -> Iterator[World]:
     """Join the processes that the launcher started (torchrun, srun torchrun), or be a world of one.
 
     Backends: gloo for CPU tensors, nccl for CUDA tensors. The process group is closed at the end, unless by an error.
+
+    Args:
+        device: auto is cuda where there is one.
+        timeout_s: Seconds after which a collective whose peer is gone fails.
+        rendezvous_timeout_s: Seconds to wait here until all processes are there; `timeout_s` if not given.
 
     Raises:
         ValueError: device is cuda and there is none, or there are more processes than devices.
@@ -216,10 +232,14 @@ def start_world(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Ite
         torch.cuda.set_device(here)
     elif env.get(SHARE_CORES_VARIABLE) == "1":
         _keep_to_own_cores(local_rank, int(env.get("LOCAL_WORLD_SIZE", "1")))
-    arguments: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-    if not started:
-        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **arguments)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    if started:
+        patience = timedelta(seconds=rendezvous_timeout_s or timeout_s)
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
+        store.set_timeout(timedelta(seconds=timeout_s))
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
     # Not after an error: peers that wait in a collective would fail at once, and hide what this rank has to say.
     dist.destroy_process_group()

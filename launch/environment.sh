@@ -81,7 +81,23 @@ use_environment() {
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 }
 
-# Checks the config and what it reads once, before any process starts: check_config WORLD_SIZE --config FILE [flags]
+# Checks the config and what it reads once, before any process starts, for each number of processes that is possible:
+# check_config WORLD_SIZE[,WORLD_SIZE...] --config FILE [flags]
 check_config() {
-    WORLD_SIZE="$1" python3 -m facetrain check "${@:2}"
+    python3 -m facetrain check --world-sizes "$1" "${@:2}"
+}
+
+# Sets `address`, by which this machine reaches a host, and where nobody has chosen one, the network interface that has
+# it; both stay as they are where that is loopback or can't be found out.
+find_interface() {
+    local host interface
+    address=""
+    host="$(getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }')" || return 0
+    command -v ip >/dev/null || return 0
+    address="$(ip -4 -o route get "$host" 2>/dev/null | sed -n 's/.* src \([^ ]*\).*/\1/p')" || return 0
+    [[ "$address" != 127.* ]] || address=""
+    [[ -n "$address" ]] || return 0
+    interface="$(ip -4 -o addr | awk -v address="$address/" 'index($4, address) == 1 && !n++ { print $2 }')"
+    [[ -n "$interface" ]] || return 0
+    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
 }

@@ -3,6 +3,9 @@
 #   bash launch/torchrun.sh [--nproc-per-node W] -- --config configs/quickstart.yaml [--section.key value ...]
 # --doctor before the -- checks and measures the machines instead of training.
 # Several machines: NNODES=2 NODE_RANK=0 MASTER_ADDR=first-host MASTER_PORT=29500 bash launch/torchrun.sh ...
+# NNODES=2:4 starts with those of four machines that are there, and goes on with two when the others are lost.
+# RESTARTS, 3 if unset, is how often the processes are started again after a failure; they continue from the newest
+# whole checkpoint.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -26,18 +29,55 @@ shift
 [[ "$processes" =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node: expected a number of processes, got '$processes'"
 
 nodes="${NNODES:-1}"
+restarts="${RESTARTS:-3}"
+[[ "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ && "${nodes%:*}" -le "${nodes#*:}" ]] ||
+    fail "NNODES: expected a number of machines, or the fewest and the most as 2:4, got '$nodes'"
+[[ "$restarts" =~ ^[0-9]+$ ]] || fail "RESTARTS: expected a number, got '$restarts'"
 node="${NODE_RANK:-0}"
-[[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "NNODES: expected a number of machines, got '$nodes'"
-[[ "$node" =~ ^[0-9]+$ && "$node" -lt "$nodes" ]] || fail "NODE_RANK: expected 0 to $((nodes - 1)), got '$node'"
-if [[ "$nodes" == 1 ]]; then
-    meeting=(--standalone)
-else
+if [[ "${nodes#*:}" -gt 1 ]]; then
+    [[ -n "${NODE_RANK:-}" ]] || fail "NODE_RANK: expected the number of this machine, from 0, since NNODES is $nodes"
     [[ -n "${MASTER_ADDR:-}" ]] || fail "MASTER_ADDR: expected the host name of machine 0, since NNODES is $nodes"
-    meeting=(--nnodes "$nodes" --node-rank "$node" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
+[[ "$node" =~ ^[0-9]+$ && "$node" -lt "${nodes#*:}" ]] ||
+    fail "NODE_RANK: expected 0 to $((${nodes#*:} - 1)), got '$node'"
 
 use_environment
-if [[ "$node" == 0 && "${program[0]}" == facetrain.train ]]; then
-    check_config $((nodes * processes)) "$@"
+if [[ "${program[0]}" == facetrain.train ]]; then
+    world_sizes="$(seq -s , $((${nodes%:*} * processes)) "$processes" $((${nodes#*:} * processes)))"
+    [[ "$node" != 0 ]] || check_config "$world_sizes" "$@"
+else
+    restarts=0
 fi
-exec python3 -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" -m "${program[@]}" "$@"
+start=(python3 -m torch.distributed.run --nproc-per-node "$processes" --max-restarts "$restarts")
+if [[ "${nodes#*:}" == 1 ]]; then
+    exec "${start[@]}" --standalone -m "${program[@]}" "$@"
+fi
+
+port="${MASTER_PORT:-29500}"
+wait_s="$(python3 -m facetrain check --show run.rendezvous_timeout_s "$@")"
+start+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id facetrain --rdzv-endpoint "$MASTER_ADDR:$port")
+start+=(--rdzv-conf "is_host=$((node == 0)),join_timeout=${wait_s%.*}")
+find_interface "$MASTER_ADDR"
+[[ -z "$address" ]] || start+=(--local-addr "$address")
+echo "facetrain: machine $node of $nodes meets the others at $MASTER_ADDR:$port within ${wait_s%.*} s: $processes" \
+    "processes of $OMP_NUM_THREADS threads, interface ${GLOO_SOCKET_IFNAME:-of the host name}, $restarts restarts" >&2
+
+# torchrun starts its processes again by itself. When it is lost itself, by the machine where all meet or the way to it,
+# it is started again here; it leaves a word in this file then, or is killed.
+lost="$(mktemp)"
+trap 'rm -f "$lost"' EXIT
+trap 'restarts=0; kill -TERM "$agent" 2>/dev/null || true' TERM INT
+while true; do
+    TORCHELASTIC_ERROR_FILE="$lost" "${start[@]}" -m "${program[@]}" "$@" &
+    agent=$!
+    code=0
+    wait "$agent" || code=$?
+    while kill -0 "$agent" 2>/dev/null; do # a signal ended the wait, not torchrun
+        code=0
+        wait "$agent" || code=$?
+    done
+    [[ "$code" != 0 && "$restarts" -gt 0 ]] && [[ -s "$lost" || "$code" -gt 128 ]] || exit "$code"
+    restarts=$((restarts - 1))
+    : >"$lost"
+    echo "facetrain: torchrun lost the other machines; started again, $restarts restarts left" >&2
+done

@@ -43,6 +43,11 @@ def test_the_shell_completes_commands_flags_and_files(tmp_path: Path, capsys: py
         assert run("bash", "-c", ask, "ask", *words, cwd=tmp_path).stdout.strip() == expected
 
 
+def test_a_script_can_ask_for_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "--show", "run.rendezvous_timeout_s", "--run.rendezvous_timeout_s", "90"])
+    assert capsys.readouterr().out == "90.0\n"
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out == f"{package.__version__}\n"
@@ -63,6 +68,10 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["train", "--data.shards", "nowhere", "--run.dir", "nowhere"], ["nowhere"]),
         (["check", "--data.shards", "http://host/shards"], ["data.cache_dir", "http://host/shards"]),
         (["check", "--run.device", "tpu"], ["run.device", "tpu"]),
+        (["check", "--show", "run.dirr"], ["--show", "'run.dirr'"]),
+        (["check", "--world-sizes", "2,two"], ["--world-sizes", "'two'"]),
+        (["check", "--world-sizes", "2,3", "--train.global_pairs", "8"], ["train.global_pairs", "3 processes", "8"]),
+        (["check", "--run.rendezvous_timeout_s", "0"], ["run.rendezvous_timeout_s", "1 or more"]),
         (["pack", "nowhere", "out"], ["nowhere"]),
         (["pack", "only-one-path"], ["out"]),
         (["pack", "--image", "3", "a", "b"], ["--image"]),

@@ -43,9 +43,12 @@ def test_torchrun_names_what_is_wrong_before_any_process_starts(
 @pytest.mark.parametrize(
     ("env", "named"),
     [
-        ({"NNODES": "2"}, ["MASTER_ADDR"]),
+        ({"NNODES": "2", "MASTER_ADDR": "localhost"}, ["NODE_RANK: expected the number of this machine"]),
+        ({"NNODES": "2", "NODE_RANK": "0"}, ["MASTER_ADDR"]),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "localhost"}, ["NODE_RANK", "0 to 1"]),
-        ({"NNODES": "1:2"}, ["NNODES", "'1:2'"]),
+        ({"NNODES": "4:2"}, ["NNODES", "'4:2'"]),
+        ({"NNODES": "1-2"}, ["NNODES", "'1-2'"]),
+        ({"RESTARTS": "often"}, ["RESTARTS", "'often'"]),
     ],
 )
 def test_torchrun_names_a_wrong_variable(env: dict[str, str], named: list[str], tmp_path: Path) -> None:
@@ -53,10 +56,43 @@ def test_torchrun_names_a_wrong_variable(env: dict[str, str], named: list[str], 
     assert_user_error(done, *named)
 
 
-def test_torchrun_counts_the_processes_of_all_machines(tmp_path: Path) -> None:
-    env = {"NNODES": "2", "MASTER_ADDR": "localhost"}
-    words = ("--nproc-per-node", "3", "--", "--train.global_pairs", "10")
-    assert_user_error(launch("torchrun.sh", *words, cwd=tmp_path, **env), "train.global_pairs", "10", "6")
+def test_torchrun_checks_every_number_of_machines_that_there_may_be(tmp_path: Path) -> None:
+    env = {"NNODES": "1:2", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
+    words = ("--nproc-per-node", "3", "--", "--train.global_pairs", "9")
+    assert_user_error(launch("torchrun.sh", *words, cwd=tmp_path, **env), "train.global_pairs", "9", "6 processes")
+
+
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+    *torch.distributed.run*) echo started >>"$STARTS"; eval "$TORCHRUN" ;;
+    *--show*) echo 600.0 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "starts", "code"),
+    [
+        ("true", 1, 0),
+        ("exit 1", 1, 1),  # its processes failed, and it has started them again itself
+        ('echo lost >"$TORCHELASTIC_ERROR_FILE"; exit 1', 3, 1),
+        ("kill -9 $$", 3, 137),
+        ('trap "exit 1" TERM; kill -TERM "$PPID"; sleep 5 & wait; exit 0', 1, 1),
+    ],
+    ids=["ends", "fails", "is lost", "is killed", "is stopped"],
+)
+def test_torchrun_is_started_again_where_it_was_lost_itself(
+    torchrun: str, starts: int, code: int, tmp_path: Path
+) -> None:
+    """With a stand-in for torchrun that ends as it may."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text(STAND_IN)
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "RESTARTS": "2", "TORCHRUN": torchrun}
+    env |= {"FACETRAIN_VENV": str(tmp_path), "STARTS": str(tmp_path / "starts")}
+    done = launch("torchrun.sh", "--", "--config", CONFIGS[0], cwd=tmp_path, **env)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "starts").read_text().count("started") == starts
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,13 @@
 import http.server
 import json
 import os
-import socket
-import socketserver
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from contextlib import contextmanager, suppress
 
-import psutil
 import pytest
+from mlflow_server import free_port, mlflow_server, wait_until
+from proxy import TcpProxy
 
 from facetrain.config import TrackingConfig
 from facetrain.tracking import Tracker, sync
@@ -123,70 +119,32 @@ def test_a_bad_server_neither_stops_nor_slows_training_and_gets_all_of_it_later(
     assert [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)] == ["results.json"]
 
 
+def test_recording_a_step_opens_one_file_and_never_waits_for_a_server(tmp_path, monkeypatch):
+    """What a step pays for MLflow, whatever its server does: the calls of the thread that trains, counted."""
+    seen, is_counting, trains = [], True, threading.get_ident()
+
+    def count(event, arguments):
+        if is_counting and threading.get_ident() == trains and event.split(".")[0] in ("open", "socket", "subprocess"):
+            seen.append((event, str(arguments[0])))
+
+    sys.addaudithook(count)  # for as long as this process lives, hence the flag
+    with BadServer("hangs") as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        tracker = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4})
+        seen.clear()
+        for step in range(50):
+            tracker.metrics(step, {"train/loss": 1.0})
+        is_counting = False
+        tracker.finish()
+    assert seen == [("open", str(tmp_path / "metrics.jsonl"))] * 50
+
+
 def tracked_run():
     """Return the one run that MLflow knows, and what it was told of its loss."""
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("facetrain").experiment_id])
     return run, client.get_metric_history(run.info.run_id, "train/loss")
-
-
-@contextmanager
-def mlflow_server(port, folder):
-    """A real server; killed at the end, with all its processes."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/served"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = psutil.Popen(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, **quiet)
-    try:
-        wait_until(lambda: answers(port), timeout_s=60)
-        yield
-    finally:
-        for process in [*server.children(recursive=True), server]:
-            process.kill()
-        server.wait()
-
-
-def answers(port):
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-            return True
-    except OSError:
-        return False
-
-
-def wait_until(is_true, timeout_s=30.0):
-    give_up_at = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.05)
-
-
-class LossyProxy(socketserver.ThreadingTCPServer):
-    """Passes every request on, and drops the first answers instead of passing them back."""
-
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, target_port, num_lost):
-        super().__init__(("127.0.0.1", 0), _Pass)
-        self.target_port, self.num_lost = target_port, num_lost
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class _Pass(socketserver.BaseRequestHandler):
-    def handle(self):
-        with socket.create_connection(("127.0.0.1", self.server.target_port)) as target:
-            threading.Thread(target=self.pass_on, args=(target,), daemon=True).start()
-            while data := target.recv(65536):
-                if self.server.num_lost > 0:
-                    self.server.num_lost -= 1
-                    return
-                self.request.sendall(data)
-
-    def pass_on(self, target):
-        with suppress(OSError):
-            while data := self.request.recv(65536):
-                target.sendall(data)
 
 
 @pytest.mark.slow
@@ -211,11 +169,12 @@ def test_a_server_killed_and_started_again_and_answers_that_are_lost_leave_one_r
     tracker.finish()  # down at the end
     assert not Outbox.open(run_dir).is_empty()
 
-    with mlflow_server(port, tmp_path), LossyProxy(port, num_lost=3) as proxy:
+    with mlflow_server(port, tmp_path), TcpProxy(port) as proxy:
+        proxy.num_lost = 3
         again = Tracker(TrackingConfig(), run_dir, World(), parameters={"train.steps": 4})
         again.metrics(20, {"train/loss": 1.0})
         again.finish()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_address[1]}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.port}")
         other = tmp_path / "other"
         other.mkdir()
         lossy = Tracker(TrackingConfig(experiment="lossy"), other, World(), parameters={"train.steps": 4})
@@ -224,7 +183,6 @@ def test_a_server_killed_and_started_again_and_answers_that_are_lost_leave_one_r
         wait_until(lambda: Outbox.open(other).is_empty())
         lossy.finish()
         assert proxy.num_lost == 0
-        proxy.shutdown()
 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         run, history = tracked_run()
@@ -234,12 +192,6 @@ def test_a_server_killed_and_started_again_and_answers_that_are_lost_leave_one_r
         (run,) = client.search_runs([client.get_experiment_by_name("lossy").experiment_id])
         history = client.get_metric_history(run.info.run_id, "train/loss")
         assert [metric.step for metric in history] == list(range(5))
-
-
-def free_port():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
 
 
 def test_other_ranks_are_silent(tmp_path):

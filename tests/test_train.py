@@ -94,13 +94,14 @@ def weights(run_dir: Path) -> dict[str, bytes]:
                 "mining__mode": "table",
                 "mining__table_neighbours": 8,
                 "mining__table_max_age_steps": 6,  # some classes are always left out
+                "train__async_checkpoint": True,
                 "data__workers": 0,
                 "model__norm": "none",
             },
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd", "two-ranks-table"],
+    ids=["two-ranks-zero2-adamw-bf16", "one-rank-sgd", "two-ranks-table-async"],
 )
 def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_size, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

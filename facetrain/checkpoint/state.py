@@ -8,7 +8,8 @@ with mining.mode=table also each rank's part of the table,
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,13 +90,33 @@ def write_checkpoint(
     table_rows: Mapping[str, Tensor] | None = None,
     class_vectors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint from what the engine gave; every rank must call it. Arguments and errors: `save_checkpoint`.
+    """Write a checkpoint from what the engine gave; every rank must call it. More in `save_checkpoint`."""
+    finish = begin_checkpoint(
+        *(run_dir, weights, optimizer_state, state, config, world), table_rows=table_rows, class_vectors=class_vectors
+    )
+    world.on_main(finish)
+    return checkpoint_folder(run_dir, state.step)
+
+
+def begin_checkpoint(
+    run_dir: Path,
+    weights: dict[str, Tensor],
+    optimizer_state: dict[str, Tensor],
+    state: TrainState,
+    config: Config,
+    world: World,
+    *,
+    table_rows: Mapping[str, Tensor] | None = None,
+    class_vectors: Mapping[str, Tensor] | None = None,
+) -> Callable[[], None]:
+    """Begin a checkpoint on all ranks; what is returned does the rest on rank 0, also in a thread beside the training.
 
     Rank 0 writes aside, flushes to disk, adds checksums and renames; only then it removes checkpoints that are neither
-    among the newest `train.keep_checkpoints` nor the best.
+    among the newest `train.keep_checkpoints` nor the best. Arguments and errors, of both parts: `save_checkpoint`.
     """
     final = checkpoint_folder(run_dir, state.step)
     aside = aside_of(final)
+    sums: dict[str, str] = {}
 
     def begin() -> bool:
         if final.exists():
@@ -109,27 +130,35 @@ def write_checkpoint(
         save_tensors(dict(table_rows or {}), file)
         return file.name, flush_and_sum(file)
 
-    def write(sums: Mapping[str, str]) -> None:
-        save_weights(weights, config, aside)
-        save_tensors(optimizer_state, aside / "optimizer.safetensors")
-        if class_vectors:
-            save_tensors(dict(class_vectors), aside / "class_vectors.safetensors")
-        arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
-        (aside / "plan.safetensors").write_bytes(array_bytes(arrays))
-        scalars = {key: value for key, value in vars(state).items() if key not in ("draws", "mined")}
-        (aside / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
-        publish(aside, final, sums)
-        prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
+    def finish() -> None:
+        with _nothing_left_of(aside):
+            save_weights(weights, config, aside)
+            save_tensors(optimizer_state, aside / "optimizer.safetensors")
+            if class_vectors:
+                save_tensors(dict(class_vectors), aside / "class_vectors.safetensors")
+            arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
+            (aside / "plan.safetensors").write_bytes(array_bytes(arrays))
+            scalars = {key: value for key, value in vars(state).items() if key not in ("draws", "mined")}
+            (aside / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
+            publish(aside, final, sums)
+            prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
 
+    with _nothing_left_of(aside if world.is_main else None):
+        is_new = world.on_main(begin)
+        if is_new and table_rows:
+            sums.update(world.on_all(write_table_rows))
+    return finish if is_new else lambda: None
+
+
+@contextmanager
+def _nothing_left_of(aside: Path | None) -> Iterator[None]:
+    """Remove what was written aside where writing fails: a full disk needs the room."""
     try:
-        if world.on_main(begin):
-            sums = dict(world.on_all(write_table_rows)) if table_rows else {}
-            world.on_main(lambda: write(sums))
-    except OSError:  # on all ranks alike, when none writes any more
-        if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+        yield
+    except OSError:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
-    return final
 
 
 def load_state(folder: Path) -> TrainState:

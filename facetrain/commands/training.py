@@ -20,11 +20,29 @@ def train(argv: Sequence[str]) -> None:
 
 def check(argv: Sequence[str]) -> None:
     """Check a run's config and everything it would read."""
-    config = parse_config(argv, prog="facetrain check")
+
+    def add_flags(parser: Any) -> None:
+        parser.add_argument("--world-sizes", type=str, help="numbers of processes, such as 2,4; default WORLD_SIZE")
+        parser.add_argument("--show", type=str, help="print the value of this key instead, such as run.dir")
+
+    config, args = parse_config_and_flags(argv, "facetrain check", "Check what a run would read", add_flags)
+    if args.show is not None:
+        if args.show not in config.flat():
+            raise ValueError(f"--show: expected a key such as run.dir, got '{args.show}'")
+        say(str(config.flat()[args.show]))
+        return
+    sizes = (args.world_sizes or os.environ.get("WORLD_SIZE", "1")).split(",")
+    from facetrain.data.plan import pairs_per_rank
+
+    for size in sizes:  # all of them before anything is read
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"--world-sizes: expected numbers of processes, got '{size}'")
+        pairs_per_rank(config.train.global_pairs, int(size))
     from facetrain.inputs import open_inputs
     from facetrain.run_folder import open_run_folder
 
-    inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    for size in sizes:
+        inputs = open_inputs(config, world_size=int(size))
     open_run_folder(config)
     say(f"ok: {inputs.split.describe()}; {inputs.plan.steps_per_epoch} steps an epoch")
 

@@ -20,12 +20,18 @@ class RunConfig:
     """auto: cuda where there is one."""
     timeout_s: float = 600.0
     """Seconds after which a collective whose peer is gone fails."""
+    rendezvous_timeout_s: float = 600.0
+    """Seconds that processes and machines wait for each other at the start, and when they start again."""
+    checkpoint_timeout_s: float = 1800.0
+    """Seconds that ranks wait for each other while a checkpoint is written."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
         at_least("run.seed", self.seed, 0)
-        if self.timeout_s <= 0:
-            raise ValueError(f"run.timeout_s: expected more than 0 seconds, got {self.timeout_s}")
+        at_least("run.rendezvous_timeout_s", self.rendezvous_timeout_s, 1)
+        for name in ("timeout_s", "checkpoint_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"run.{name}: expected more than 0 seconds, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,8 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, besides the best."""
+    async_checkpoint: bool = False
+    """Write checkpoints beside the training, from a copy in rank 0's memory; the mining table's part isn't."""
     max_failed_saves: int = 3
     """Checkpoints in a row that can't be written, as on a full disk, without ending the training."""
     profile_steps: str | None = None

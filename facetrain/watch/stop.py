@@ -1,11 +1,15 @@
 """Stopping on request: a signal or a file seen by any rank ends all ranks at the same step, with a checkpoint."""
 
+import logging
 import os
 import signal
+import socket
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from facetrain.world import World
+
+log = logging.getLogger(__name__)
 
 STOP_FILE_VARIABLE = "FACETRAIN_STOP_FILE"
 """Environment variable: path of a file that asks a run to stop once it exists, for batch scripts."""
@@ -48,6 +52,25 @@ class StopRequest:
         is_due = self._pending()
         self._pending = self.world.start_any(bool(self.reason))
         return is_due
+
+    def end(self, step: int) -> None:
+        """Say that training ends here, after the checkpoint of the step; every rank must call it.
+
+        SIGTERM is also what torchrun sends when it is lost itself, or starts its processes again with another machine.
+        Other machines' torchrun must not take that for the end of the job: it sees its processes fail, and starts them
+        again too.
+
+        Raises:
+            ConnectionError: All who were asked got SIGTERM, and none of them belongs to this rank's torchrun.
+        """
+        launcher = os.environ.get("GROUP_RANK", "0")  # of this rank's torchrun
+        # Over all ranks: every rank ends with who was asked, and by what.
+        requests = self.world.all_gather_object((launcher, socket.gethostname(), self.reason))
+        ended = {name: host for name, host, reason in requests if reason == signal.SIGTERM.name}
+        if launcher not in ended and {reason for *_, reason in requests if reason} == {signal.SIGTERM.name}:
+            hosts = ", ".join(sorted(set(ended.values())))
+            raise ConnectionError(f"step {step}: saved, since the processes on {hosts} got SIGTERM; goes on with them")
+        log.info(f"stopped at step {step} on request; the same command goes on from there")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

@@ -2,17 +2,18 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed.ranks import run_ranks
+from distributed.ranks import RankError, run_ranks
 from safetensors.torch import load_file
+from small_disk import fill, missing_disk, small_disk
 from test_checkpoint import config_of, make_engine, train
 
 from facetrain.checkpoint.folder import SUMS_FILE, checkpoint_folder, damage_of, newest_checkpoint, prune, tidy
@@ -147,30 +148,18 @@ def save_on_a_disk_that_fills_up(world: World, run_dir: Path) -> list[str]:
                 fill(filler)
         table = {"first_row": torch.tensor([world.rank]), "rows": torch.zeros(1, 4)}
         try:
-            saver.save(engine, state, table_rows=table, must=step == 6)
+            saver.save(engine, state, table_rows=table, class_vectors={}, must=step == 6)
             seen.append(f"{step}: best {state.best_step}")
         except OSError as error:
             seen.append(f"{step}: {error}")
     return seen
 
 
-def fill(file: Path) -> None:
-    with file.open("wb", buffering=0) as stream:
-        try:
-            while True:
-                stream.write(bytes(4096))
-        except OSError:
-            pass
-
-
 @pytest.mark.slow
 def test_a_full_disk_costs_a_warning_until_it_must_not(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("a small file system can be mounted by root alone")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", tmp_path], check=False)
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
+    if missing_disk():
+        pytest.skip(missing_disk())
+    with small_disk(tmp_path, size="64m"):
         seen = run_ranks(save_on_a_disk_that_fills_up, 2, tmp_path)
         assert seen[0] == seen[1]
         assert seen[0][:5] == ["1: best 1", "2: best 1", "3: best 1", "4: best 4", "5: best 4"]
@@ -179,6 +168,58 @@ def test_a_full_disk_costs_a_warning_until_it_must_not(tmp_path: Path) -> None:
         newest, damaged = newest_checkpoint(tmp_path)
         assert (newest, damaged) == (checkpoint_folder(tmp_path, 4), {})
         assert {path.name for path in newest.parent.iterdir()} == {"step-00000001", "step-00000004"}
-    finally:
-        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-        subprocess.run(["umount", tmp_path], check=True)
+
+
+def save_beside_the_training(world: World, run_dir: Path) -> list[int]:
+    """Steps 1 to 4 by a thread, the last waited for; the disk is full at 2 and 3. Returns the best step after each."""
+    config = config_of("sgd", 0)
+    train_config = TrainConfig(optimizer="sgd", max_failed_saves=2, async_checkpoint=True)
+    config = Config(data=config.data, model=config.model, train=train_config)
+    engine = make_engine(world, config)
+    state = TrainState(step=0, draws=np.zeros(1, dtype=np.int64))
+    saver, filler, best_steps = Saver(run_dir, config, world, state), run_dir / "filler", []
+    for step in range(1, 5):
+        train(engine, range(step - 1, step))
+        state.step, state.best_step = step, step
+        if world.is_main and step == 2:
+            fill(filler)
+        if world.is_main and step == 4:
+            filler.unlink()
+        saver.save(engine, state, table_rows={}, class_vectors={}, must=step == 4)
+        best_steps.append(state.best_step)
+        aside = run_dir / "checkpoints" / f".step-{step:08d}.tmp"
+        while aside.exists():  # the thread is at work
+            time.sleep(0.01)
+        weights = engine.weights()
+        if step in (1, 4) and world.is_main:
+            saved = load_file(checkpoint_folder(run_dir, step) / "model.safetensors")
+            assert all(torch.equal(saved[name], weights[name]) for name in weights)
+    saver.close()
+    return best_steps
+
+
+@pytest.mark.slow
+def test_a_thread_that_can_not_write_costs_a_warning_too(tmp_path: Path) -> None:
+    if missing_disk():
+        pytest.skip(missing_disk())
+    with small_disk(tmp_path, size="64m"):
+        seen = run_ranks(save_beside_the_training, 2, tmp_path)
+        assert seen == [[1, 2, 3, 4]] * 2
+        newest, damaged = newest_checkpoint(tmp_path)
+        assert (newest, damaged) == (checkpoint_folder(tmp_path, 4), {})
+        assert {path.name for path in newest.parent.iterdir()} == {"step-00000001", "step-00000004"}
+
+
+def write_slowly(world: World, allowed_s: float) -> None:
+    """Let rank 0 take three seconds, where others usually wait for two."""
+    world = replace(world, timeout_s=2.0)
+    world.limit_waiting()
+    with world.waiting_up_to(allowed_s):
+        world.on_main(lambda: time.sleep(3))
+
+
+@pytest.mark.slow
+def test_ranks_wait_longer_for_a_checkpoint_than_in_a_step() -> None:
+    run_ranks(write_slowly, 2, 30.0)
+    with pytest.raises(RankError, match=r"[Tt]imed out"):
+        run_ranks(write_slowly, 2, 2.0)

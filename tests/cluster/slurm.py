@@ -36,9 +36,14 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 KillWait=20
+SlurmdTimeout=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs={cpus} RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs={cpus} RealMemory=1000
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=10 PreemptMode=off
 """
 
 
@@ -48,6 +53,25 @@ class Slurm:
 
     config: Path
     environment: dict[str, str]
+    nodes: dict[str, "subprocess.Popen[bytes]"]
+    """The slurmd of each node."""
+
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd."""
+        command = ["slurmd", "-D", "-N", name]
+        self.nodes[name] = subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)
+
+    def kill_node(self, name: str) -> None:
+        """End all processes of a node at once, without warning: its slurmd, and what it runs of jobs."""
+        _kill(self.nodes[name])
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                env = process.environ()
+                if env.get("SLURMD_NODENAME") == name and env.get("SLURM_CONF") == str(self.config):
+                    keeper = process.parent()
+                    if keeper is not None and keeper.name().startswith("slurmstepd"):
+                        keeper.kill()
+                    process.kill()
 
     def run(self, *command: str | Path, cwd: Path | None = None) -> str:
         """Run a SLURM command and return what it printed."""
@@ -61,7 +85,7 @@ class Slurm:
         fields = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", job).split() if "=" in word)
         return fields["JobState"]
 
-    def wait(self, job: str, *states: str, timeout_s: float = 150.0) -> str:
+    def wait(self, job: str, *states: str, timeout_s: float = 600.0) -> str:
         """Wait until a job is in one of the states."""
         give_up_at = time.monotonic() + timeout_s
         while (state := self.state(job)) not in states:
@@ -71,14 +95,21 @@ class Slurm:
 
     def wait_for_nodes(self) -> None:
         """Wait until no node has anything left of a job."""
-        give_up_at = time.monotonic() + 60
+        give_up_at = time.monotonic() + 120
         while True:
-            command = ["sinfo", "-h", "-N", "-o", "%t"]
+            command = ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"]
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
             if done.stdout.split() == ["idle", "idle"]:
                 return
             assert time.monotonic() < give_up_at, done.stdout + done.stderr
             time.sleep(0.2)
+
+    def start_again(self, job: str) -> None:
+        """Let a requeued job start, which SLURM lets wait for two minutes, and wait until it has."""
+        self.wait(job, "PENDING")
+        self.wait_for_nodes()  # started again while its end is still being cleared up, a job fails
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        self.wait(job, "RUNNING", "COMPLETED")
 
 
 def missing_program() -> str:
@@ -105,20 +136,28 @@ def start_slurm(folder: Path) -> Iterator[Slurm]:
     (folder / "state").mkdir()
     environment = {**os.environ, "SLURM_CONF": str(config), "OMP_NUM_THREADS": "1"}
     daemons: list[subprocess.Popen[bytes]] = []
+    slurm = Slurm(config, environment, {})
     try:
         _start_munge(folder, daemons)
-        for command in (["slurmctld", "-D", "-c", "-i"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
-            daemons.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
-        slurm = Slurm(config, environment)
+        daemons.append(subprocess.Popen(["slurmctld", "-D", "-c", "-i"], env=environment, stderr=subprocess.DEVNULL))
+        for name in ("n1", "n2"):
+            slurm.start_node(name)
         slurm.wait_for_nodes()
         yield slurm
     finally:
+        for name in slurm.nodes:
+            slurm.kill_node(name)
         for daemon in reversed(daemons):
-            with suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(daemon.pid).children(recursive=True):
-                    process.kill()
-            daemon.kill()
-            daemon.wait()
+            _kill(daemon)
+
+
+def _kill(daemon: "subprocess.Popen[bytes]") -> None:
+    """End a daemon and what it started."""
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(daemon.pid).children(recursive=True):
+            process.kill()
+    daemon.kill()
+    daemon.wait()
 
 
 def _start_munge(folder: Path, daemons: list[subprocess.Popen[bytes]]) -> None:

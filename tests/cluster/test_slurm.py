@@ -1,14 +1,15 @@
 """launch/slurm.sbatch on a real SLURM of two nodes."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from cluster.measure import same_weights
 from cluster.slurm import Slurm, missing_program, start_slurm
 from commands import ROOT
-from safetensors.numpy import load_file
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +21,22 @@ def slurm(tmp_path_factory):
         yield cluster
 
 
-def settings_of(synthetic: Path, run_dir: Path) -> list[str | Path]:
+@pytest.fixture(scope="module")
+def straight(slurm, synthetic, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight")
+    job = launch(slurm, ["--", *settings_of(synthetic, folder / "run")], folder)
+    log = folder / f"facetrain-{job}.log"
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
+    of_ranks = [file.read_text() for file in (folder / f"facetrain-{job}").rglob("stderr.log")]
+    assert sum("step     60/60" in text for text in of_ranks) == 1
+    assert len(of_ranks) == 2
+    return folder / "run"
+
+
+def settings_of(synthetic: Path, run_dir: Path, *, save_every_steps: int = 1000) -> list[str | Path]:
     settings: list[str | Path] = ["--run.dir", run_dir, "--data.shards", synthetic / "shards", "--data.image_px", "32"]
-    settings += ["--train.global_pairs", "8", "--train.steps", "60", "--train.save_every_steps", "1000"]
+    settings += ["--train.global_pairs", "8", "--train.steps", "60", "--train.save_every_steps", str(save_every_steps)]
     return [*settings, "--train.log_every_steps", "1", "--tracking.backend", "none"]
 
 
@@ -43,31 +57,69 @@ def launch(slurm: Slurm, words: list[str | Path], cwd: Path) -> str:
     return said.split()[1]
 
 
-def test_a_job_of_two_nodes_trains_and_one_that_is_warned_goes_on_to_the_same_weights(slurm, synthetic, tmp_path):
-    doctor = launch(slurm, ["--doctor", "--", *settings_of(synthetic, tmp_path / "run")], tmp_path)
-    straight = launch(slurm, ["--", *settings_of(synthetic, tmp_path / "straight")], tmp_path)
-    log = tmp_path / "warned.log"
-    warned = submit(slurm, settings_of(synthetic, tmp_path / "warned"), log)
-    for job in (doctor, straight):
-        own_log = tmp_path / f"facetrain-{job}.log"
-        assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", own_log.read_text()
-    said = (tmp_path / f"facetrain-{doctor}.log").read_text()
-    assert "2 on 1 hosts" in said  # both nodes are this machine
-    assert "FAIL" not in said
-    of_ranks = [file.read_text() for file in (tmp_path / f"facetrain-{straight}").rglob("stderr.log")]
-    assert sum("step     60/60" in text for text in of_ranks) == 1
-    assert len(of_ranks) == 2
+def wait_for(slurm: Slurm, job: str, log: Path, words: str) -> None:
+    """Wait for words in the log of a job that runs, or is about to."""
+    give_up_at = time.monotonic() + 600
+    while not log.exists() or words not in log.read_text():
+        assert slurm.state(job) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log.read_text()
+        assert time.monotonic() < give_up_at, log.read_text()
+        time.sleep(0.02)
 
-    while not log.exists() or "step      5/60" not in log.read_text():
-        assert slurm.state(warned) in ("PENDING", "CONFIGURING", "RUNNING"), log.read_text()
-    slurm.run("scancel", "--signal=USR1", "--batch", warned)
-    slurm.wait(warned, "PENDING")
-    assert "on request; the same command goes on from there" in log.read_text()
-    slurm.wait_for_nodes()  # started again while its end is still being cleared up, a job fails
-    slurm.run("scontrol", "update", f"jobid={warned}", "StartTime=now")  # SLURM lets a requeued job wait two minutes
-    assert slurm.wait(warned, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
+
+def assert_comes_through(slurm: Slurm, job: str, log: Path, run_dir: Path, straight: Path) -> None:
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
     assert "continues at step" in log.read_text()
+    assert same_weights(run_dir, straight)
 
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "warned")]
-    for name, expected in weights[0].items():
-        assert weights[1][name].tobytes() == expected.tobytes(), name
+
+def test_the_doctor_looks_at_two_nodes(slurm, synthetic, tmp_path):
+    doctor = launch(slurm, ["--doctor", "--", *settings_of(synthetic, tmp_path / "run")], tmp_path)
+    log = tmp_path / f"facetrain-{doctor}.log"
+    assert slurm.wait(doctor, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
+    assert "2 on 1 hosts" in log.read_text()  # both nodes are this machine
+    assert "FAIL" not in log.read_text()
+
+
+def test_a_job_that_is_warned_goes_on_to_the_same_weights(slurm, synthetic, straight, tmp_path):
+    log, run_dir = tmp_path / "job.log", tmp_path / "run"
+    job = submit(slurm, settings_of(synthetic, run_dir), log)
+    wait_for(slurm, job, log, "step      5/60")
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    slurm.start_again(job)
+    assert "on request; the same command goes on from there" in log.read_text()
+    assert_comes_through(slurm, job, log, run_dir, straight)
+
+
+def test_a_job_that_makes_room_for_another_goes_on_after_it(slurm, synthetic, straight, tmp_path):
+    log, run_dir = tmp_path / "job.log", tmp_path / "run"
+    job = submit(slurm, settings_of(synthetic, run_dir), log)
+    wait_for(slurm, job, log, "step      5/60")
+    options = ["--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
+    urgent = slurm.run("sbatch", "--parsable", *options, "--wrap", "sleep 3")
+    assert slurm.wait(urgent, "COMPLETED", "FAILED") == "COMPLETED"
+    assert "on request; the same command goes on from there" in log.read_text()
+    slurm.start_again(job)
+    assert_comes_through(slurm, job, log, run_dir, straight)
+
+
+def test_a_job_that_is_cancelled_saves_and_the_next_goes_on(slurm, synthetic, straight, tmp_path):
+    log, run_dir = tmp_path / "job.log", tmp_path / "run"
+    job = submit(slurm, settings_of(synthetic, run_dir), log)
+    wait_for(slurm, job, log, "step      5/60")
+    slurm.run("scancel", job)
+    slurm.wait(job, "CANCELLED")
+    slurm.wait_for_nodes()
+    assert "on request; the same command goes on from there" in log.read_text()
+    job = submit(slurm, settings_of(synthetic, run_dir), log)
+    assert_comes_through(slurm, job, log, run_dir, straight)
+
+
+def test_a_job_whose_node_dies_goes_on_when_there_is_another(slurm, synthetic, straight, tmp_path):
+    log, run_dir = tmp_path / "job.log", tmp_path / "run"
+    job = submit(slurm, settings_of(synthetic, run_dir, save_every_steps=10), log)
+    wait_for(slurm, job, log, "step     15/60")
+    slurm.kill_node("n2")
+    slurm.wait(job, "PENDING")
+    slurm.start_node("n2")
+    slurm.start_again(job)
+    assert_comes_through(slurm, job, log, run_dir, straight)

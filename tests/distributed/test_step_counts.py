@@ -13,6 +13,7 @@ from estimate.traffic import Traffic, tensors_of
 from facetrain.batch import PairBatch, network_input
 from facetrain.config import LossConfig, ModelConfig, TrainConfig
 from facetrain.engine import Engine
+from facetrain.losses.npair import NPairLoss
 from facetrain.models import build_backbone
 from facetrain.step import train_step
 from facetrain.watch.health import FiniteWatch
