@@ -5,6 +5,7 @@ import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from facetrain.checkpoint.folder import begun
 from facetrain.checkpoint.weights import init_weights_from
 from facetrain.config import Config
 from facetrain.data.partition import Held, PartitionedPlan, agree_on_parts
@@ -145,9 +146,10 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
     if isinstance(plan, WindowedPlan):
         _check_room(plan, config, shards, world_size)
     check_mode(config, num_identities=len(split.train), world_size=world_size)
-    backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
-    if config.model.init_from is not None:
-        init_weights_from(backbone, Path(config.model.init_from))
+    if not begun(Path(config.run.dir)):  # else a checkpoint holds the weights
+        backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
+        if config.model.init_from is not None:
+            init_weights_from(backbone, Path(config.model.init_from))
     return Inputs(shards=shards, split=split, plan=plan, judge=Judge.open(config, shards, split))
 
 

@@ -33,6 +33,8 @@ FREE_KEYS = (
     "data.workers",
     "data.prefetch",
     "data.start_method",
+    "train.micro_pairs",  # it must divide the pairs of a rank; as with W, batch statistics depend on it
+    "train.zero_stage",  # how the same optimizer's state is shared out
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",

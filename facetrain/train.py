@@ -6,16 +6,18 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from facetrain.announcement import announce
 from facetrain.checkpoint.folder import checkpoint_folder
 from facetrain.checkpoint.saver import Saver
 from facetrain.checkpoint.state import TrainState, load_class_vectors, load_optimizer, load_state, load_table_rows
 from facetrain.checkpoint.weights import init_weights_from, load_weights, save_weights
-from facetrain.command_line import config_yaml, parse_config, run_command
+from facetrain.command_line import parse_config, run_command
 from facetrain.config import Config
 from facetrain.data.loader import PairLoader
 from facetrain.data.plan import count_draws, pairs_per_rank
@@ -26,20 +28,13 @@ from facetrain.evaluation.model_card import write_model_card
 from facetrain.evaluation.report import format_table, write_report, write_results
 from facetrain.inputs import Inputs, check_same_shards, open_inputs, share_out
 from facetrain.losses.build import build_loss
-from facetrain.masking import mask_secrets
 from facetrain.mining.miner import Miner
 from facetrain.models import Backbone, build_backbone, convert_sync_batchnorm
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
 from facetrain.tracking import Tracker
 from facetrain.tracking.environment import git_commit
-from facetrain.watch.health import (
-    CollapseWatch,
-    FiniteWatch,
-    loss_of_equal_scores,
-    not_finite_error,
-    slow_precision_warning,
-)
+from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.watch.heartbeat import Heartbeat
 from facetrain.watch.profile import StepProfile
 from facetrain.watch.stop import StopRequest
@@ -117,7 +112,7 @@ class Run:
 
     def go(self) -> None:
         """Train to the last step and write the results."""
-        self._announce()
+        announce(*(self.config, self.inputs, self.folder, self.engine, self.miner, self.world), step=self.state.step)
         try:
             if self.config.eval.at_start and self.state.step == 0:
                 self._report(self.judge.judge(self.engine.backbone, self.world))
@@ -179,19 +174,22 @@ class Run:
                     self._log(figures, rate, step_s=(now - logged_at) / steps, wait_s=waited_s / steps)
                     if profile is not None:
                         profile.clock.mark("logging")
+                    waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
+                paused_at = time.perf_counter()
                 if self._due(config.eval.every_steps) and state.step < config.train.steps:
                     self._log_judgement(self.judge.judge(self.engine.backbone, self.world))
                 if self._due(config.train.save_every_steps) or state.best_step == state.step:
                     self._save()
-                if self._due(config.train.log_every_steps):
-                    waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
+                logged_at += time.perf_counter() - paused_at  # so that train/images_per_s is of training
             if profile is not None:
                 profile.before(state.step)
 
     def _initial_state(self) -> tuple[Backbone, TrainState]:
         config, resume_from, shards = self.config, self.folder.resume_from, self.inputs.shards
         torch.manual_seed(config.run.seed)
-        backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
+        # What it was begun from needn't be there any more when it goes on.
+        model = config.model if resume_from is None else replace(config.model, imagenet_weights=None)
+        backbone = build_backbone(model, channels=config.data.channels, image_px=config.data.image_px)
         sha256 = shards.manifest.content_sha256
         state = TrainState(step=0, draws=np.zeros(shards.table.num_identities, dtype=np.int64), shards_sha256=sha256)
         if resume_from is not None:
@@ -225,7 +223,7 @@ class Run:
         return every_steps > 0 and self.state.step % every_steps == 0
 
     def _stop_if_not_finite(self) -> None:
-        """End all ranks together if a step since the start had a loss or a gradient that isn't finite."""
+        """End all ranks together if a step since the start had a gradient that isn't finite, as that of a NaN loss."""
         bad = self.finite.first_bad_step()  # over all ranks if there is one; waits for the device
         if bad is not None:
             step = int(bad["step"]) - 1
@@ -282,35 +280,6 @@ class Run:
         self.tracker.metrics(self.state.step, judgement.metrics())
         if judgement.metrics():
             log.info(f"step {self.state.step:6d}  {judgement.summary()}")
-
-    def _announce(self) -> None:
-        config, split, world = self.config, self.inputs.split, self.world
-        parameters = sum(p.numel() for p in self.engine.backbone.parameters())
-        pairs, steps = config.train.global_pairs, config.train.steps
-        log.info(f"config\n{mask_secrets(config_yaml(config)).rstrip()}")
-        log.info(split.describe())
-        if split.unknown_names:
-            log.warning(f"data.exclude: not in the shards: {', '.join(split.unknown_names)}")
-        if config.eval.chooses_on_test:
-            log.warning(
-                f"eval.best_metric: {config.eval.best_metric} is what LFW is published on; choosing by it makes the"
-                " figure of the best checkpoint optimistic. heldout/accuracy and lfw/view1/accuracy are there for that"
-            )
-        log.info(f"{config.model.name}: {parameters / 1e6:.2f} million parameters, on {world.device}")
-        warning = slow_precision_warning(config.train.precision, world.device)
-        if warning:
-            log.warning(warning)
-        log.info(
-            f"{pairs} pairs a step = {world.world_size} ranks x {pairs // world.world_size};"
-            f" {self.plan.steps_per_epoch} steps an epoch; {steps} steps = {2 * pairs * steps} images"
-        )
-        log.info(self.plan.describe())
-        if self.miner:
-            log.info(self.miner.mode.describe())
-        for checkpoint, damage in self.folder.damaged.items():
-            log.warning(f"{checkpoint}: damaged ({damage}); kept as {checkpoint.name}.damaged, the one before is used")
-        if self.folder.resume_from is not None:
-            log.info(f"continues at step {self.state.step} from {self.folder.resume_from}")
 
     def _finish(self) -> None:
         """Save, evaluate, and write what others read; results.json comes last, since it says that a run is finished."""

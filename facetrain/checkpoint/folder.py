@@ -62,6 +62,11 @@ def damage_of(folder: Path) -> str:
     return ""
 
 
+def begun(run_dir: Path) -> bool:
+    """Return whether a run folder holds a checkpoint, whole or not."""
+    return bool(_step_folders(run_dir))
+
+
 def newest_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """Return the newest checkpoint that is whole, or None; and what is wrong with those that are newer."""
     damaged: dict[Path, str] = {}

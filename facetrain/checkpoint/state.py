@@ -7,6 +7,7 @@ with mining.mode=table also each rank's part of the table,
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from facetrain.config import Config
 from facetrain.engine import Engine
 from facetrain.losses.class_vectors import ClassVectors
 from facetrain.world import World
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -141,13 +144,20 @@ def begin_checkpoint(
             scalars = {key: value for key, value in vars(state).items() if key not in ("draws", "mined")}
             (aside / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
             publish(aside, final, sums)
-            prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
+            _prune(run_dir, config, state)
 
     with _nothing_left_of(aside if world.is_main else None):
         is_new = world.on_main(begin)
         if is_new and table_rows:
             sums.update(world.on_all(write_table_rows))
     return finish if is_new else lambda: None
+
+
+def _prune(run_dir: Path, config: Config, state: TrainState) -> None:
+    try:
+        prune(run_dir, keep=config.train.keep_checkpoints, best_step=state.best_step)
+    except OSError as error:  # somebody reads an old one over NFS, say; the new one is there all the same
+        log.warning(f"{run_dir}: old checkpoints can't be removed ({error})")
 
 
 @contextmanager

@@ -30,6 +30,8 @@ CLOSE_WAIT_S = 30.0
 """Seconds that the end of a run waits for the last figures and files to arrive."""
 MAX_NOTE = 5000
 """Characters of a description that MLflow takes."""
+FAILED_WAIT_S = 2.0
+"""The same after an error: the other ranks wait 3 s for rank 0 to say what went wrong."""
 
 
 class Tracker:
@@ -166,7 +168,7 @@ class _Sender:
             log.warning(f"{error}; MLflow won't learn that this run is {status}")
         self._is_closing = True
         self.wake()
-        self._thread.join(CLOSE_WAIT_S)
+        self._thread.join(FAILED_WAIT_S if status == "FAILED" else CLOSE_WAIT_S)
         if not self.outbox.is_empty():
             log.warning(f"MLflow lacks some of this run; later, `facetrain sync {self.outbox.run_dir}` sends it")
 
