@@ -28,10 +28,10 @@ RETRY_AFTER_S = 30.0
 """Seconds for which MLflow is left alone after a failure."""
 CLOSE_WAIT_S = 30.0
 """Seconds that the end of a run waits for the last figures and files to arrive."""
-MAX_NOTE = 5000
-"""Characters of a description that MLflow takes."""
 FAILED_WAIT_S = 2.0
 """The same after an error: the other ranks wait 3 s for rank 0 to say what went wrong."""
+MAX_NOTE = 5000
+"""Characters of a description that MLflow takes."""
 
 
 class Tracker:
