@@ -27,7 +27,7 @@ from facetrain.evaluation.inputs import (
 from facetrain.evaluation.judge import PICTURE_PX, pictures_of
 from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists
-from facetrain.evaluation.report import open_out_folder, report_to_folder
+from facetrain.evaluation.report import check_out_folder, report_to_folder
 from facetrain.networks import Device, EmbedOptions, Photographs, embed_all, open_network
 from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
@@ -84,7 +84,7 @@ def evaluate_embeddings(
     Raises:
         ValueError: The file, an image or a list can't be used; the message names it.
     """
-    open_out_folder(out)
+    check_out_folder(out)
     names, embeddings = load_embeddings_npz(file)
     read_lists(names, request)
     read_picture = pictures_of(open_faces(images), names) if images else None
@@ -120,7 +120,7 @@ def evaluate_checkpoints(
     Raises:
         ValueError: The weights, the images or a list can't be used; the message names the file.
     """
-    open_out_folder(out)
+    check_out_folder(out)
     networks = [open_network(file, options.onnx) for file in checkpoints]
     photographs = _open_photographs(images, options)
     names = photographs.faces.names
@@ -147,7 +147,7 @@ def evaluate_bin(checkpoints: Sequence[Path], file: Path, options: EmbedOptions,
     Raises:
         ValueError: The file or the weights can't be used; the message names the file.
     """
-    open_out_folder(out)
+    check_out_folder(out)
     content = read_verification_bin(file)
     num_pairs = len(content.is_genuine)
     if num_pairs < BIN_FOLDS:

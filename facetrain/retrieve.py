@@ -18,7 +18,7 @@ from facetrain.data.decode import decode_face
 from facetrain.data.sources import open_faces
 from facetrain.evaluation.clustering import Agreement, cluster
 from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
-from facetrain.evaluation.report import open_out_folder, write_results
+from facetrain.evaluation.report import check_out_folder, write_results
 from facetrain.evaluation.retrieval import (
     NEIGHBOURS,
     RECALL_AT,
@@ -61,7 +61,7 @@ def retrieval_of_embeddings(file: Path, settings: RetrievalSettings, *, device: 
         ValueError: The file or a setting can't be used.
     """
     names, embeddings = load_embeddings_npz(file)
-    open_out_folder(out)
+    check_out_folder(out)
     with start_world(device, REPORT_TIMEOUT_S) as world:  # a launcher's other ranks wait
         world.on_main(lambda: _measure(names, label_names(names), embeddings, settings, world.device, out))
 
@@ -89,7 +89,7 @@ def retrieval_of_checkpoints(
 
     if left_out := faces.describe_skipped():
         say(left_out)
-    open_out_folder(out)
+    check_out_folder(out)
     with start_world(options.device, REPORT_TIMEOUT_S) as world:
         embeddings = embed_all(networks, decode, faces.names, options, world)
         world.on_main(lambda: _measure(faces.names, faces.identities, embeddings, settings, world.device, out))

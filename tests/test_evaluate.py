@@ -172,7 +172,7 @@ def test_a_run_folder_takes_no_other_results(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "file").touch()
-    for out, message in (("run", "is a run folder"), ("file", "expected a folder")):
+    for out, message in (("run", "is a run folder"), ("file", "expected a folder that can be written to")):
         with pytest.raises(SystemExit):
             lfw("--checkpoint", runs[0], *heldout(synthetic), "--out", tmp_path / out)
         assert message in capsys.readouterr().err

@@ -55,18 +55,17 @@ def report_to_folder(
     write_report(evaluation, out, subject=subject, read_picture=read_picture)
 
 
-def open_out_folder(out: Path) -> None:
-    """Make the folder of a report, and refuse one that can't be used before anything is computed.
+def check_out_folder(out: Path) -> None:
+    """Refuse a folder that can't take a report, before anything is computed.
 
     Raises:
         ValueError: It is a file, or a run folder, whose results.json says that training has ended.
     """
     if (out / "config.yaml").exists():
         raise ValueError(f"--out: {out} is a run folder, which keeps its own results.json; expected another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"--out: expected a folder, {out} is a file") from None
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out: {out}: expected a folder that can be written to, {there} isn't one")
 
 
 def write_report(
