@@ -214,6 +214,7 @@ def facetrain_steps(backbone: Any, case: Case, world: Any) -> Callable[[Any], An
 
     from facetrain.config import LossConfig, TrainConfig
     from facetrain.engine import Engine
+    from facetrain.losses.npair import NPairLoss
     from facetrain.step import train_step
     from facetrain.watch.health import FiniteWatch
     from facetrain.watch.stop import StopRequest
@@ -228,7 +229,7 @@ def facetrain_steps(backbone: Any, case: Case, world: Any) -> Callable[[Any], An
     )
     engine = Engine(backbone, config, world, pairs_per_rank=pairs)
     clock, finite, stop = StepClock(world, factor=1e9), FiniteWatch(world), StopRequest(world)
-    loss, taken = TimedLoss(LossConfig(l2_weight=L2_WEIGHT), world, clock), 0
+    loss, taken = TimedLoss(NPairLoss(LossConfig(l2_weight=L2_WEIGHT), world), clock), 0
 
     def step(batch: Any) -> Any:
         nonlocal taken
