@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import CONFIGS
+from commands import CONFIGS, ROOT
 
 from facetrain.cli import main
 from facetrain.command_line import load_config
 from facetrain.config import Config, DataConfig, MiningConfig, ModelConfig, TrainConfig
+from facetrain.config.loss import NPAIR_LOSSES
 from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
 
@@ -26,8 +27,10 @@ def with_train(config: Config, **changes) -> Config:
 
 
 def test_every_shipped_config_with_an_npair_loss_can_be_estimated() -> None:
-    for file in CONFIGS:
-        found = estimate(load_config(file), Cluster(gpus_per_node=4), identities=10_000)
+    configs = [config for config in map(load_config, CONFIGS) if config.loss.name in NPAIR_LOSSES]
+    assert len(configs) > 3
+    for config in configs:
+        found = estimate(config, Cluster(gpus_per_node=4), identities=10_000)
         assert found.images_per_s > 0
         assert found.seconds[found.bottleneck] == max(found.seconds.values())
 
@@ -74,7 +77,7 @@ def test_what_does_not_fit_is_given_chunks_that_do() -> None:
 
 def test_the_command_prints_one_screen_and_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "estimate.json"
-    argv = ["estimate", "--config", str(CONFIGS[0]), "--nodes", "2", "--gpus-per-node", "4", "--link-gb-per-s", "25"]
+    argv = ["estimate", "--config", str(ROOT / "configs" / "casia_npair320.yaml"), "--nodes", "2", "--gpus-per-node", "4", "--link-gb-per-s", "25"]
     main([*argv, "--train.global_pairs", "1024", "--json", str(file)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 45
