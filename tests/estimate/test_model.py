@@ -77,8 +77,9 @@ def test_what_does_not_fit_is_given_chunks_that_do() -> None:
 
 def test_the_command_prints_one_screen_and_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "estimate.json"
-    argv = ["estimate", "--config", str(ROOT / "configs" / "casia_npair320.yaml"), "--nodes", "2", "--gpus-per-node", "4", "--link-gb-per-s", "25"]
-    main([*argv, "--train.global_pairs", "1024", "--json", str(file)])
+    config = ("--config", str(ROOT / "configs" / "casia_npair320.yaml"))
+    cluster = ("--nodes", "2", "--gpus-per-node", "4", "--link-gb-per-s", "25")
+    main(["estimate", *config, *cluster, "--train.global_pairs", "1024", "--json", str(file)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 45
     assert max(len(line) for line in lines) <= 100
