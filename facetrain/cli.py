@@ -58,7 +58,7 @@ complete -o default -o bashdefault -F _facetrain facetrain"""
 _COMMANDS["completion"] = completion
 
 _USAGE = "usage: facetrain COMMAND ...\n\n" + "\n".join(
-    f"  {name:10}{command.__doc__}" for name, command in _COMMANDS.items()
+    f"  {name:11} {command.__doc__}" for name, command in _COMMANDS.items()
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIG = ROOT / "configs" / "casia_npair320.yaml"
 SCRIPTS = [
     *sorted((ROOT / "launch").glob("*.s*")),
     ROOT / "benchmarks" / "gpu.sh",

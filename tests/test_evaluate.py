@@ -120,7 +120,7 @@ def test_a_verification_file_gives_the_figures_of_its_pairs(
     lfw("--checkpoint", runs[0], "--bin", tmp_path / "drawn.bin", "--out", tmp_path / "bin")
     lfw("--checkpoint", runs[0], *heldout(synthetic), "--out", tmp_path / "lists")
     of_bin, of_lists = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("bin", "lists"))
-    assert list(of_bin) == ["verification"]
+    assert list(of_bin) == ["verification", "thresholds"]
     assert of_bin["verification"] == pytest.approx(of_lists["verification"])
     assert f"drawn: {len(images):,} images, embeddings 16 wide" in capsys.readouterr().out
 

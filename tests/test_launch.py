@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from commands import CONFIGS, ROOT, SCRIPTS, assert_user_error, facetrain, run
+from commands import CONFIG, ROOT, SCRIPTS, assert_user_error, facetrain, run
 
 
 def launch(script: str, *words: str | Path, cwd: Path, **env: str):  # type: ignore[no-untyped-def]
@@ -52,7 +52,7 @@ def test_torchrun_names_what_is_wrong_before_any_process_starts(
     ],
 )
 def test_torchrun_names_a_wrong_variable(env: dict[str, str], named: list[str], tmp_path: Path) -> None:
-    done = launch("torchrun.sh", "--", "--config", CONFIGS[0], cwd=tmp_path, **env)
+    done = launch("torchrun.sh", "--", "--config", CONFIG, cwd=tmp_path, **env)
     assert_user_error(done, *named)
 
 
@@ -90,7 +90,7 @@ def test_torchrun_is_started_again_where_it_was_lost_itself(
     (tmp_path / "bin" / "python3").chmod(0o755)
     env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "RESTARTS": "2", "TORCHRUN": torchrun}
     env |= {"FACETRAIN_VENV": str(tmp_path), "STARTS": str(tmp_path / "starts")}
-    done = launch("torchrun.sh", "--", "--config", CONFIGS[0], cwd=tmp_path, **env)
+    done = launch("torchrun.sh", "--", "--config", CONFIG, cwd=tmp_path, **env)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "starts").read_text().count("started") == starts
 
@@ -128,12 +128,12 @@ def test_sweep_names_a_missing_argument(words: list[str], named: list[str], tmp_
 
 def test_a_dry_run_prints_the_script_of_the_job(tmp_path: Path) -> None:
     words = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--time", "1:00:00", "--dry-run")
-    done = facetrain("launch", "slurm", "--config", CONFIGS[0], *words, "--", "--run.dir", "my run", cwd=tmp_path)
+    done = facetrain("launch", "slurm", "--config", CONFIG, *words, "--", "--run.dir", "my run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     template = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
     added = [line for line in done.stdout.splitlines() if line not in template]
     directives = ["--nodes=2", "--gpus-per-node=4", "--partition=gpu", "--time=1:00:00"]
-    root, arguments = f"FACETRAIN_ROOT={ROOT}", f"set -- --config {CONFIGS[0]} --run.dir 'my run'"
+    root, arguments = f"FACETRAIN_ROOT={ROOT}", f"set -- --config {CONFIG} --run.dir 'my run'"
     assert added == [*(f"#SBATCH {directive}" for directive in directives), root, arguments]
     assert [line for line in template if line not in done.stdout.splitlines()] == []
     (tmp_path / "job.sbatch").write_text(done.stdout)
@@ -141,7 +141,7 @@ def test_a_dry_run_prints_the_script_of_the_job(tmp_path: Path) -> None:
 
 
 def test_what_can_not_be_launched_is_said_before_it_is_submitted(tmp_path: Path) -> None:
-    config = ("launch", "slurm", "--config", CONFIGS[0])
+    config = ("launch", "slurm", "--config", CONFIG)
     wrong = facetrain(*config, "--dry-run", "--", "--train.stepz", "3", cwd=tmp_path)
     assert_user_error(wrong, "train.stepz")
     uneven = facetrain(*config, "--nodes", "7", "--gpus-per-node", "5", "--dry-run", cwd=tmp_path)
@@ -151,7 +151,7 @@ def test_what_can_not_be_launched_is_said_before_it_is_submitted(tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_doctor_measures_what_a_config_needs(tmp_path: Path) -> None:
-    words = ("--doctor", "--nproc-per-node", "2", "--", "--config", CONFIGS[0], "--data.shards", "nowhere")
+    words = ("--doctor", "--nproc-per-node", "2", "--", "--config", CONFIG, "--data.shards", "nowhere")
     done = launch("torchrun.sh", *words, "--run.dir", "runs/new", cwd=tmp_path)
     assert done.returncode != 0
     found = {line[:20].strip(): line[21:] for line in done.stdout.splitlines()}
@@ -166,7 +166,7 @@ def test_the_doctor_measures_what_a_config_needs(tmp_path: Path) -> None:
 
 
 def test_an_environment_without_the_package_is_named(tmp_path: Path) -> None:
-    words = ("--", "--config", CONFIGS[0])
+    words = ("--", "--config", CONFIG)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").symlink_to("/usr/bin/false")
     done = launch("torchrun.sh", *words, cwd=tmp_path, FACETRAIN_VENV=str(tmp_path))

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from facetrain.config import DataConfig
 from facetrain.data.augment import Augmentation
@@ -45,6 +44,9 @@ def decode_on_device(
     Raises:
         ValueError: An image can't be decoded or has another size.
     """
+    # Here, because torchvision takes seconds to import and nothing else of a loader needs it.
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     encoded = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
     mode = ImageReadMode.RGB if config.colour == "rgb" else ImageReadMode.GRAY
     try:

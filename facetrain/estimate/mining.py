@@ -6,7 +6,6 @@ I identities, F of them fresh in the table, K neighbours in a graph, W ranks.
 
 import itertools
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -65,10 +64,8 @@ def _embedding_work(config: Config, cluster: Cluster, network: Network, mode: st
     else:
         images = rows = most_images_of_a_rank(V * C, W)
         batches = math.ceil(images / BATCH_IMAGES)
-        # A rank says its width, as a pickled object with its size, and its number of rows.
         collectives = [
-            Collective("mining", "widths", "all-gather", W * len(pickle.dumps(D)), rate),
-            Collective("mining", "sizes and counts", "all-gather", 8 * W, 2 * rate),
+            Collective("mining", "sizes and counts", "all-gather", 8 * W, rate),
             Collective("mining", "embeddings", "all-gather", 4 * W * rows * D, rate),
         ]
     forward = measure_embedding(config.model, config.data, config.train.precision, images=BATCH_IMAGES)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import CONFIGS, ROOT
+from commands import CONFIG, CONFIGS
 
 from facetrain.cli import main
 from facetrain.command_line import load_config
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_given_chunks_that_do() -> None:
 
 def test_the_command_prints_one_screen_and_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "estimate.json"
-    config = ("--config", str(ROOT / "configs" / "casia_npair320.yaml"))
+    config = ("--config", str(CONFIG))
     cluster = ("--nodes", "2", "--gpus-per-node", "4", "--link-gb-per-s", "25")
     main(["estimate", *config, *cluster, "--train.global_pairs", "1024", "--json", str(file)])
     lines = capsys.readouterr().out.splitlines()
