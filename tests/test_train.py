@@ -76,8 +76,12 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("world_size", "more"),
     [
-        (2, {"train__zero_stage": 2, "train__precision": "bfloat16", "data__workers": 1}),
         pytest.param(
+            2,
+            {"train__zero_stage": 2, "train__precision": "bfloat16", "data__workers": 1},
+            marks=pytest.mark.slow,
+        ),
+        (
             1,
             {
                 "train__optimizer": "sgd",
@@ -86,7 +90,6 @@ def weights(run_dir: Path) -> dict[str, bytes]:
                 "train__clip_norm": 1.0,
                 "train__micro_pairs": 2,
             },
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             2,
@@ -150,6 +153,7 @@ def test_ranks_without_batch_statistics_train_the_same_network(synthetic, tmp_pa
         assert np.linalg.norm(one[name] - two[name]) < 0.02 * update, name
 
 
+@pytest.mark.slow
 def test_a_run_leaves_all_that_the_next_command_needs(synthetic, tmp_path):
     run_dir = tmp_path / "run"
     evaluation = {

@@ -117,6 +117,7 @@ def batches_of_a_rank(world: World, folders: list[Path]) -> tuple[list[np.ndarra
     return [b.labels_n.numpy() for b in batches], [b.images_VnHWC.numpy() for b in batches]
 
 
+@pytest.mark.slow
 def test_two_nodes_read_what_they_have_whatever_the_number_of_ranks(tmp_path: Path) -> None:
     whole = numbered_shards(tmp_path, [5] * 48)
     folders = [tmp_path / "node0", tmp_path / "node1"]

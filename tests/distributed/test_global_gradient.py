@@ -133,6 +133,7 @@ def embed_with_shared_out_weights(world, num_images):
     )
 
 
+@pytest.mark.slow
 def test_ranks_that_share_out_weights_embed_unequal_shares():
     for num_images in (3, 9):  # one and three batches for two ranks
         (one,) = run_ranks(embed_with_shared_out_weights, 1, num_images)

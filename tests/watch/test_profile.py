@@ -49,12 +49,14 @@ def runs(synthetic, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_profile_changes_no_bit(runs):
     plain, profiled = (load_file(runs / name / "model.safetensors") for name in ("plain", "profiled"))
     assert all(torch.equal(profiled[name], plain[name]) for name in plain)
     assert not (runs / "plain" / "profile").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["profiled", "ZeRO 1 in chunks"])
 def test_the_phases_add_up_and_are_on_one_screen(runs, name):
     found = json.loads((runs / name / "profile" / "profile.json").read_text())
@@ -71,6 +73,7 @@ def test_the_phases_add_up_and_are_on_one_screen(runs, name):
     assert all(len(line) <= 100 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_trace_holds_the_last_steps(runs):
     with gzip.open(runs / "profiled" / "profile" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
