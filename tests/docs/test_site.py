@@ -37,6 +37,13 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_formula_is_taken_for_a_tag(page: Path) -> None:
+    """Angle brackets around a letter vanish from the page where they stand outside code."""
+    text = re.sub(r"```.*?```|`[^`]*`|^ {4,}.*?$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"<(?!https?://)[A-Za-z][^>]*>", text) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_internal_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" not in link:
