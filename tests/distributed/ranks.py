@@ -29,7 +29,7 @@ class RankError(Exception):
     """A rank failed, died or took too long; the message holds its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """Call `function(world, *args)` on `world_size` processes and return the results by rank.
 
     Args:
