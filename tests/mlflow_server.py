@@ -25,7 +25,7 @@ def mlflow_server(port: int, folder: Path) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: _answers(port), timeout_s=60)
+        wait_until(lambda: _answers(port), timeout_s=180)
         yield
     finally:
         for process in [*server.children(recursive=True), server]:
