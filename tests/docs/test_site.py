@@ -1,6 +1,7 @@
 """The pages of docs/: they build without a warning, their links and commands exist, and what they show is true."""
 
 import re
+import sys
 import shlex
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ def people_run(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="mkdocs-material is not installed")
-    done = run("mkdocs", "build", "--strict", "--site-dir", tmp_path, NO_MKDOCS_2_WARNING="1")
+    done = run(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, NO_MKDOCS_2_WARNING="1")
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     page = (tmp_path / "embedding" / "index.html").read_text()
