@@ -1,9 +1,9 @@
 """The pages of docs/: they build without a warning, their links and commands exist, and what they show is true."""
 
 import re
-import sys
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
