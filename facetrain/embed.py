@@ -55,7 +55,7 @@ def embed_images(
     starts = range(0, num_images, batch_images)
     share = starts[world.rank * len(starts) // world.world_size : (world.rank + 1) * len(starts) // world.world_size]
     batches = [range(start, min(start + batch_images, num_images)) for start in share]
-    surplus = [range(min(batch_images, num_images))] * (-(-len(starts) // world.world_size) - len(share))
+    surplus = [range(1)] * (-(-len(starts) // world.world_size) - len(share))
     bar = tqdm(total=num_images, desc=progress, unit="img", disable=None if progress and world.is_main else True)
     was_training = backbone.training
     backbone.eval()

@@ -4,6 +4,7 @@ Sole importer of torch.distributed. A World of one process needs no launcher, an
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its defaults would keep the process group for ever
 from torch import Tensor
 
 ObjectT = TypeVar("ObjectT")
@@ -199,6 +201,11 @@ REPORT_TIMEOUT_S = 3600.0
 """Seconds that the other ranks wait while rank 0 computes figures and writes a report."""
 
 
+_GLOO_LETS_GO_S = 0.2
+"""Seconds in which gloo's threads let go of the last tensors, for which they need Python: where it is ending already,
+the process aborts. DeepSpeed keeps copies of the group, so that no thread can be joined."""
+
+
 @contextmanager
 def start_world(
     device: Literal["auto", "cpu", "cuda"], timeout_s: float, rendezvous_timeout_s: float | None = None
@@ -243,6 +250,8 @@ def start_world(
     yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
     # Not after an error: peers that wait in a collective would fail at once, and hide what this rank has to say.
     dist.destroy_process_group()
+    if world_size > 1:
+        time.sleep(_GLOO_LETS_GO_S)
 
 
 def _keep_to_own_cores(local_rank: int, local_world_size: int) -> None:

@@ -106,8 +106,8 @@ def outcome(
         return Outcome("nothing", None, longest_s, 0, is_equal, note)
     seen = training.wait_for(says, after=struck_at, timeout_s=0)
     restarts = [line.at for line in training.lines if line.at > struck_at and "continues at step" in line.text]
-    again = next(line for line in taken if line.at > max([seen.at, *restarts]))
-    last = max(line.step or 0 for line in taken if line.at < again.at)
+    again = next(line for line in taken if line.at > max(restarts, default=struck_at))
+    last = max((line.step or 0 for line in taken if line.at < again.at), default=0)
     return Outcome(
         said=cleaned(seen.text),
         detected_s=seen.at - struck_at,

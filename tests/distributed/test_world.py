@@ -1,9 +1,12 @@
 import gc
 import os
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from distributed.ranks import run_ranks
 
 from facetrain.world import SHARE_CORES_VARIABLE, GatherInFlight, World
@@ -104,3 +107,18 @@ def test_processes_of_a_machine_keep_to_cores_of_their_own(monkeypatch):
     assert not first & second
     monkeypatch.setenv(SHARE_CORES_VARIABLE, "0")
     assert run_ranks(cores, 1) == [given]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_a_closed_world_leaves_no_thread_of_gloo_that_could_abort_the_end_of_the_process():
+    program = """
+import torch
+from pathlib import Path
+from facetrain.world import start_world
+
+with start_world("cpu", 60) as world:
+    import torch.distributed.nn  # takes the world group for a default; torch._dynamo imports it
+print([name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())])
+"""
+    done = run(sys.executable, "-c", program)
+    assert done.stdout.strip() == "[]", done.stderr
