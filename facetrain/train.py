@@ -15,7 +15,7 @@ import torch
 from facetrain.announcement import announce
 from facetrain.checkpoint.folder import checkpoint_folder
 from facetrain.checkpoint.saver import Saver
-from facetrain.checkpoint.state import TrainState, load_class_vectors, load_optimizer, load_state, load_table_rows
+from facetrain.checkpoint.state import TrainState, load_loss, load_optimizer, load_state, load_table_rows
 from facetrain.checkpoint.weights import init_weights_from, load_weights, save_weights
 from facetrain.command_line import parse_config, run_command
 from facetrain.config import Config
@@ -94,8 +94,7 @@ class Run:
         )
         if folder.resume_from is not None:
             load_optimizer(folder.resume_from, self.engine)
-            if self.loss.class_vectors is not None:
-                load_class_vectors(folder.resume_from, self.loss.class_vectors)
+            load_loss(folder.resume_from, self.loss)
         parameters = config.flat() | {"data.manifest_sha256": inputs.shards.manifest.sha256}
         self.tracker = Tracker(config.tracking, folder.path, world, parameters=parameters)
         self.saver = Saver(folder.path, config, world, self.state)
@@ -105,7 +104,7 @@ class Run:
         """A line for each image of this rank that was replaced since the last logging step."""
         self.finite = FiniteWatch(world)
         self.collapse = CollapseWatch(
-            loss_of_equal_scores(config.loss.name, config.train.global_pairs, config.train.images_per_identity)
+            loss_of_equal_scores(config.loss, config.train.global_pairs, config.train.images_per_identity)
         )
         if self.miner and self.miner.table and folder.resume_from is not None and self.state.step > 0:
             self.miner.table.load(load_table_rows(folder.resume_from, self.miner.table.rows))
@@ -264,8 +263,8 @@ class Run:
         self._stop_if_not_finite()  # a checkpoint is never of a network that is lost
         self.state.mined = self.plan.pending(self.state.step)
         table = self.miner.table.state() if self.miner and self.miner.table else {}
-        vectors = self.loss.class_vectors.state() if self.loss.class_vectors else {}  # over all ranks
-        self.saver.save(self.engine, self.state, table_rows=table, class_vectors=vectors, must=must)
+        loss_state = self.loss.state()  # over all ranks
+        self.saver.save(self.engine, self.state, table_rows=table, loss_state=loss_state, must=must)
 
     def _log_judgement(self, judgement: Judgement) -> None:
         """Record how good the network is, and whether it is the best so far by `eval.best_metric`."""

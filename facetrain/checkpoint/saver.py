@@ -45,7 +45,7 @@ class Saver:
         state: TrainState,
         *,
         table_rows: Mapping[str, Tensor],
-        class_vectors: Mapping[str, Tensor],
+        loss_state: Mapping[str, Tensor],
         must: bool,
     ) -> None:
         """Write the checkpoint of `state.step`, or warn; every rank must call it, and does the same.
@@ -57,7 +57,7 @@ class Saver:
             engine: Holds weights and optimizer.
             state: What else is saved. Where it calls this step the best and can't be saved, the best before is again.
             table_rows: This rank's part of the mining table; see `save_checkpoint`. It is written here in any case.
-            class_vectors: What the loss has learned; see `save_checkpoint`.
+            loss_state: What the loss holds; see `save_checkpoint`.
             must: Training ends here, so that a failure can't wait for a next time.
 
         Raises:
@@ -67,12 +67,12 @@ class Saver:
             self._settle(state)
             try:
                 if self.config.train.async_checkpoint and not must:
-                    self._begin(engine, state, table_rows, class_vectors)
+                    self._begin(engine, state, table_rows, loss_state)
                     return
                 save_checkpoint(
                     *(self.run_dir, engine, state, self.config, self.world),
                     table_rows=table_rows,
-                    class_vectors=class_vectors,
+                    loss_state=loss_state,
                 )
             except OSError as error:  # on all ranks alike
                 self._has_failed(state.step, error, state, must=must)
@@ -84,13 +84,13 @@ class Saver:
         self._thread.shutdown()
 
     def _begin(
-        self, engine: Engine, state: TrainState, table_rows: Mapping[str, Tensor], class_vectors: Mapping[str, Tensor]
+        self, engine: Engine, state: TrainState, table_rows: Mapping[str, Tensor], loss_state: Mapping[str, Tensor]
     ) -> None:
         """Over all ranks: copy what is saved, and let rank 0's thread write it."""
         finish = begin_checkpoint(
             *(self.run_dir, engine.weights(), engine.optimizer_state(), copy.deepcopy(state), self.config, self.world),
             table_rows=table_rows,
-            class_vectors={name: tensor.detach().to("cpu", copy=True) for name, tensor in class_vectors.items()},
+            loss_state={name: tensor.detach().to("cpu", copy=True) for name, tensor in loss_state.items()},
         )
         done = self._thread.submit(finish) if self.world.is_main else None
         self._writing = _Writing(state.step, (state.best_value, state.best_step), done)

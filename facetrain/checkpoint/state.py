@@ -1,9 +1,9 @@
 """Checkpoints: atomic save, resume at any number of ranks, prune.
 
 A checkpoint is a folder `checkpoints/step-00001000/`: `model.safetensors` and `config.yaml` (all that embedding needs),
-`optimizer.safetensors`, `plan.safetensors` and `state.json`; `class_vectors.safetensors` where the loss has them;
-with mining.mode=table also each rank's part of the table,
-`mining_table-00000.safetensors` and so on; and `SHA256SUMS`, which proves that it is whole.
+`optimizer.safetensors`, `plan.safetensors` and `state.json`; `loss.safetensors` where the loss learns or remembers
+something; with mining.mode=table also each rank's part of the table, `mining_table-00000.safetensors` and so on; and
+`SHA256SUMS`, which proves that it is whole.
 """
 
 import json
@@ -27,7 +27,7 @@ from facetrain.checkpoint.folder import aside_of, checkpoint_folder, flush_and_s
 from facetrain.checkpoint.weights import read_tensors, save_tensors, save_weights
 from facetrain.config import Config
 from facetrain.engine import Engine
-from facetrain.losses.class_vectors import ClassVectors
+from facetrain.losses.loss import Loss
 from facetrain.world import World
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def save_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
-    class_vectors: Mapping[str, Tensor] | None = None,
+    loss_state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of `state.step`; every rank must call it.
 
@@ -71,14 +71,14 @@ def save_checkpoint(
         world: The ranks.
         table_rows: This rank's part of the mining table: consecutive rows of each tensor, and in `first_row` the number
             of the first. None or empty is no table.
-        class_vectors: What `ClassVectors.state` returned; None or empty where the loss has none.
+        loss_state: What `Loss.state` returned; None or empty where the loss holds nothing.
 
     Raises:
         OSError: A rank can't write, as on a full disk; on every rank. Nothing is left of it, and nothing is pruned.
     """
     weights, optimizer_state = engine.weights(), engine.optimizer_state()  # over all ranks
     return write_checkpoint(
-        run_dir, weights, optimizer_state, state, config, world, table_rows=table_rows, class_vectors=class_vectors
+        run_dir, weights, optimizer_state, state, config, world, table_rows=table_rows, loss_state=loss_state
     )
 
 
@@ -91,11 +91,11 @@ def write_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
-    class_vectors: Mapping[str, Tensor] | None = None,
+    loss_state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint from what the engine gave; every rank must call it. More in `save_checkpoint`."""
     finish = begin_checkpoint(
-        *(run_dir, weights, optimizer_state, state, config, world), table_rows=table_rows, class_vectors=class_vectors
+        *(run_dir, weights, optimizer_state, state, config, world), table_rows=table_rows, loss_state=loss_state
     )
     world.on_main(finish)
     return checkpoint_folder(run_dir, state.step)
@@ -110,7 +110,7 @@ def begin_checkpoint(
     world: World,
     *,
     table_rows: Mapping[str, Tensor] | None = None,
-    class_vectors: Mapping[str, Tensor] | None = None,
+    loss_state: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], None]:
     """Begin a checkpoint on all ranks; what is returned does the rest on rank 0, also in a thread beside the training.
 
@@ -137,8 +137,8 @@ def begin_checkpoint(
         with _nothing_left_of(aside):
             save_weights(weights, config, aside)
             save_tensors(optimizer_state, aside / "optimizer.safetensors")
-            if class_vectors:
-                save_tensors(dict(class_vectors), aside / "class_vectors.safetensors")
+            if loss_state:
+                save_tensors(dict(loss_state), aside / "loss.safetensors")
             arrays = {"draws": state.draws} | {f"mined/{step}": ids for step, ids in state.mined.items()}
             (aside / "plan.safetensors").write_bytes(array_bytes(arrays))
             scalars = {key: value for key, value in vars(state).items() if key not in ("draws", "mined")}
@@ -216,15 +216,15 @@ def load_table_rows(folder: Path, rows: range) -> dict[str, Tensor]:
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
 
-def load_class_vectors(folder: Path, class_vectors: ClassVectors) -> None:
-    """Put what the loss had learned at a checkpoint into its vectors.
+def load_loss(folder: Path, loss: Loss) -> None:
+    """Put what the loss held at a checkpoint into it.
 
     Raises:
-        ValueError: The file is missing, damaged, or of other classes.
+        ValueError: The file is missing, damaged, or of another loss.
     """
-    file = folder / "class_vectors.safetensors"
+    file = folder / "loss.safetensors"
     try:
-        class_vectors.load(read_tensors(load_tensors, file))
+        loss.load_state(read_tensors(load_tensors, file) if file.exists() else {})
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

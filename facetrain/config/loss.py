@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from facetrain.config.bounds import at_least
 from facetrain.config.loss_parameters import (
     AngularConfig,
     ArcFaceConfig,
@@ -67,6 +68,9 @@ class LossConfig:
     aren't normalised."""
     reduce_precision: Literal["float32", "bfloat16"] = "float32"
     """In which gradients of gathered embeddings are summed over ranks; bfloat16: half the bytes, 0.05% error."""
+    memory_batches: int = 0
+    """npair-mc, npair-ovo, tuplet: how many batches before this one give further negatives, as they were embedded then
+    (cross-batch memory); 0 is none."""
     tile_bytes: int = 1 << 25
     """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows."""
     angular: AngularConfig = field(default_factory=AngularConfig)
@@ -90,6 +94,12 @@ class LossConfig:
             raise ValueError(f"loss.temperature: goes with loss.name {', '.join(NPAIR_LOSSES)}, got '{self.name}'")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"loss.temperature: expected more than 0, or null, got {self.temperature}")
+        at_least("loss.memory_batches", self.memory_batches, 0)
+        if self.memory_batches and (self.name not in NPAIR_LOSSES or self.symmetric):
+            got = "loss.symmetric" if self.symmetric else f"'{self.name}'"
+            raise ValueError(
+                f"loss.memory_batches: goes with loss.name {', '.join(NPAIR_LOSSES)}, not symmetric, got {got}"
+            )
         self._check_whose()
 
     @property

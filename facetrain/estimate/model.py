@@ -69,6 +69,8 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
     """
     if config.loss.name not in NPAIR_LOSSES:
         raise ValueError(f"loss.name: estimated are {', '.join(NPAIR_LOSSES)}, got '{config.loss.name}'")
+    if config.loss.memory_batches:
+        raise ValueError(f"loss.memory_batches: estimated is 0, got {config.loss.memory_batches}")
     W, train = cluster.world_size, config.train
     schedule = schedule_of(train, W)
     network = measure_network(config.model, config.data)

@@ -4,6 +4,7 @@ Dims: n pairs on this rank, N pairs of the global batch, M = 2N faces of it, D e
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,19 @@ class Loss(ABC):
             data = self.data_loss(anchors_nD, positives_nD, labels_n, gather, step)
             total = data + l2_weight * squared_norm if l2_weight else data
         return LossValue(total=total, data=data.detach(), squared_norm=squared_norm.detach())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what resume needs of the loss, as whole CPU tensors; empty where it holds nothing. Over all ranks."""
+        return self.class_vectors.state() if self.class_vectors is not None else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, at any number of ranks.
+
+        Raises:
+            ValueError: It is of another loss, of other classes, or of embeddings of another width.
+        """
+        if self.class_vectors is not None:
+            self.class_vectors.load(state)
 
     def gather_faces(self, anchors_nD: Tensor, positives_nD: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
         """Return all ranks' embeddings [M, D], with gradient, and labels [M]; an identity's faces in a row."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from facetrain.config.loss import LossName
+from facetrain.config import LossConfig
 from facetrain.step import StepStats
 from facetrain.world import World
 
@@ -85,14 +85,14 @@ def slow_precision_warning(precision: Literal["float32", "bfloat16"], device: to
     return "train.precision: this CPU has no bfloat16 instructions, and emulates them: float32 is faster"
 
 
-def loss_of_equal_scores(name: LossName, global_pairs: int, images_per_identity: int = 2) -> float | None:
+def loss_of_equal_scores(config: LossConfig, global_pairs: int, images_per_identity: int = 2) -> float | None:
     """Return the loss of a network that gives every image the same embedding; None where it isn't known.
 
     With m negatives for each pair that is log(1 + m), or m log 2 one on one.
     """
-    negatives = global_pairs - images_per_identity // 2
+    negatives = global_pairs * (1 + config.memory_batches) - images_per_identity // 2
     known = {"npair-mc": math.log(1 + negatives), "npair-ovo": negatives * math.log(2)}
-    return (known | {"tuplet": known["npair-mc"]}).get(name)
+    return (known | {"tuplet": known["npair-mc"]}).get(config.name)
 
 
 class CollapseWatch:

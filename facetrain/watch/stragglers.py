@@ -3,6 +3,7 @@
 import socket
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,6 +86,14 @@ class TimedLoss(Loss):
     @world.setter
     def world(self, world: World) -> None:
         self._loss.world = world
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the loss's own state."""
+        return self._loss.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put it back."""
+        self._loss.load_state(state)
 
     def data_loss(self, *args: Any) -> Tensor:
         """Compute what the loss does."""

@@ -148,7 +148,7 @@ def save_on_a_disk_that_fills_up(world: World, run_dir: Path) -> list[str]:
                 fill(filler)
         table = {"first_row": torch.tensor([world.rank]), "rows": torch.zeros(1, 4)}
         try:
-            saver.save(engine, state, table_rows=table, class_vectors={}, must=step == 6)
+            saver.save(engine, state, table_rows=table, loss_state={}, must=step == 6)
             seen.append(f"{step}: best {state.best_step}")
         except OSError as error:
             seen.append(f"{step}: {error}")
@@ -185,7 +185,7 @@ def save_beside_the_training(world: World, run_dir: Path) -> list[int]:
             fill(filler)
         if world.is_main and step == 4:
             filler.unlink()
-        saver.save(engine, state, table_rows={}, class_vectors={}, must=step == 4)
+        saver.save(engine, state, table_rows={}, loss_state={}, must=step == 4)
         best_steps.append(state.best_step)
         aside = run_dir / "checkpoints" / f".step-{step:08d}.tmp"
         while aside.exists():  # the thread is at work

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from facetrain.config import LossConfig
 from facetrain.step import StepStats
 from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.world import World
@@ -37,7 +38,7 @@ def test_the_first_step_that_is_not_finite_is_remembered(tmp_path):
     ("data_loss", "spread"), [(math.log(64), 0.9), (3.0, 0.001)], ids=["loss of equal scores", "no spread"]
 )
 def test_a_collapse_is_said_once_after_three_log_lines(data_loss, spread):
-    watch = CollapseWatch(loss_of_equal_scores("npair-mc", 64))
+    watch = CollapseWatch(loss_of_equal_scores(LossConfig(), 64))
     healthy = {"train/data_loss": 3.0, "train/spread": 0.9}
     collapsed = {"train/data_loss": data_loss, "train/spread": spread}
     said = [watch.warning(f) for f in (collapsed, collapsed, healthy, collapsed, collapsed, collapsed, collapsed)]
