@@ -1,21 +1,14 @@
-"""Engine: backward, clipping and the optimizer step through DeepSpeed, with state sharded by ZeRO 0 to 3.
+"""Backward, clipping and the optimizer step through DeepSpeed, with state sharded by ZeRO 0 to 3."""
 
-Sole importer of deepspeed. The state it saves is whole (one tensor per parameter), so that it doesn't depend on the
-number of ranks or the ZeRO stage.
-"""
-
-import logging
-import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from facetrain.config import TrainConfig
+from facetrain.engine.start import start_deepspeed
 from facetrain.world import World
 
 _STATE_KEYS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -37,8 +30,7 @@ class Engine:
         ]
         self._parameters = list(backbone.parameters())
         self._mark: Callable[[str], None] | None = None
-        with _launcher_variables():
-            self._deepspeed = _initialize(self.backbone, config, world, pairs_per_rank=pairs_per_rank)
+        self._deepspeed = start_deepspeed(self.backbone, config, world, pairs_per_rank=pairs_per_rank)
         if world.world_size == 1 and config.zero_stage == 0:
             self._deepspeed.enable_backward_allreduce = False  # it would copy all gradients twice, for their own mean
 
@@ -226,121 +218,3 @@ class Engine:
             mean = self.world.all_reduce_mean_(torch.cat(self._statistics))
             for buffer, value in zip(self._statistics, mean.split([b.numel() for b in self._statistics]), strict=True):
                 buffer.copy_(value)
-
-
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step: linear warm-up, then constant, dropping by steps, or falling as a cosine."""
-    rate = config.learning_rate
-    if step < config.warmup_steps:
-        return rate * (step + 1) / config.warmup_steps
-    if config.schedule == "step":
-        return rate * config.drop_factor ** sum(step >= drop for drop in config.drop_steps)
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return rate
-
-
-def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, pairs_per_rank: int) -> Any:
-    deepspeed = _import_deepspeed(world)
-    micro_pairs = config.micro_pairs or pairs_per_rank
-    num_parameters = sum(p.numel() for p in backbone.parameters())
-    engine, *_ = deepspeed.initialize(
-        model=_Compiled(backbone) if config.compile else backbone,
-        optimizer=_optimizer(backbone, config, fused=world.device.type == "cuda"),
-        config={
-            "train_micro_batch_size_per_gpu": 2 * micro_pairs,
-            "gradient_accumulation_steps": pairs_per_rank // micro_pairs,
-            "zero_optimization": {
-                "stage": config.zero_stage,
-                # DeepSpeed's default buffers hold 500 million numbers, whatever the network; an odd number is refused.
-                "reduce_bucket_size": min(num_parameters + num_parameters % 2, 500_000_000),
-                "allgather_bucket_size": min(num_parameters + num_parameters % 2, 500_000_000),
-            },
-            "zero_allow_untested_optimizer": True,
-            # DeepSpeed's own default is 1.0; at ZeRO 0 `Engine.step` clips, which also gives the norm.
-            "gradient_clipping": config.clip_norm if config.zero_stage > 0 else 0.0,
-            # Weights, statistics and the reduction of gradients stay float32 (no modules are listed as safe in less).
-            "torch_autocast": {
-                "enabled": config.precision == "bfloat16",
-                "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],
-            },
-            "steps_per_print": None,
-            "timers": {"throughput": {"enabled": False}},  # they wait for the GPU twice a step
-        },
-    )
-    world.limit_waiting()
-    return engine
-
-
-def _import_deepspeed(world: World) -> Any:
-    """Import deepspeed quietly, without compiling its shared-memory collectives, which torchrun can't use."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read once, at import
-    with _not_importable("mlflow"):  # its autotuner, unused here, tries to; that takes four times as long as the rest
-        import deepspeed
-    import deepspeed.ops
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import set another level
-    deepspeed.ops.__compatible_ops__ = {}  # not asked for, or it would run a compiler to find out
-    backend = "gloo" if world.device.type == "cpu" else "nccl"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
-    return deepspeed
-
-
-@contextmanager
-def _not_importable(name: str) -> Iterator[None]:
-    """Let imports of a module fail that isn't imported yet."""
-    is_new = name not in sys.modules
-    if is_new:
-        sys.modules[name] = None  # type: ignore[assignment]  # how importlib marks what must not be imported
-    try:
-        yield
-    finally:
-        if is_new:
-            del sys.modules[name]
-
-
-@contextmanager
-def _launcher_variables() -> Iterator[None]:
-    """Set what DeepSpeed reads of a launcher, also in a run of one process, where there is none."""
-    missing = {key: value for key, value in _NO_LAUNCHER.items() if key not in os.environ}
-    os.environ.update(missing)
-    try:
-        yield
-    finally:
-        for key in missing:
-            del os.environ[key]
-
-
-_NO_LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-
-
-class _Compiled(nn.Module):
-    """What DeepSpeed calls in place of a network: compiled in training alone, so that other shapes compile nothing.
-
-    The network's own weights keep their names.
-    """
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self._call = torch.compile(lambda images_BCHW: backbone(images_BCHW))
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self._call(images_BCHW)  # type: ignore[no-any-return]
-
-
-def _optimizer(backbone: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """Weight decay acts on kernels and weight matrices alone, as is usual; `fused` updates in one kernel a group."""
-    parameters = [p for p in backbone.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
