@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/step.py [--quick | --tiny] [--device cuda] [--json FILE]
 
 - facetrain: what the training loop does between two batches, with DeepSpeed, watches and logging, but no mining;
-  `compiled` (GPU) with train.compile.
+  `compiled` (GPU) with train.compile; `overlapped` with train.overlap, for networks without batch statistics.
 - bare loop: network, cross-entropy of full logits, penalty, backward, AdamW; one process, nothing else.
 - DDP + pytorch-metric-learning: its NPairsLoss in its DistributedLossWrapper, PyTorch's DistributedDataParallel.
 
@@ -39,11 +39,17 @@ class Setting:
     pairs_per_rank: int
     steps: int
     """Steps of a turn."""
+    norm: str = "batch"
 
 
-CPU = (Setting("casianet", 56, 16, 12), Setting("iresnet18", 56, 8, 8), Setting("iresnet50", 56, 8, 4))
+CPU = (
+    Setting("casianet", 56, 16, 12),
+    Setting("casianet", 56, 16, 12, norm="none"),
+    Setting("iresnet18", 56, 8, 8),
+    Setting("iresnet50", 56, 8, 4),
+)
 GPU = (Setting("casianet", 112, 512, 40), Setting("iresnet18", 112, 256, 40), Setting("iresnet50", 112, 128, 40))
-TINY = (Setting("casianet", 16, 2, 2),)
+TINY = (Setting("casianet", 16, 2, 2), Setting("casianet", 16, 2, 2, norm="none"))
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,8 @@ def main() -> None:
     settings = TINY if args.tiny else GPU if args.device == "cuda" else CPU
     settings = settings[:1] if args.quick else settings
     print(f"{machine(args.device)}; {precision}; medians of {turns} turns\n")
-    print(
-        f"{'network':10}{'px':>4}{'pairs':>6}{'W':>3}  {'trainer':32}{'images/s':>9}{'x bare':>8}{'x W=1':>7}{'MFU':>7}"
-    )
+    head = f"{'network':10}{'norm':>6}{'px':>4}{'pairs':>6}{'W':>3}  {'trainer':32}"
+    print(f"{head}{'images/s':>9}{'x bare':>8}{'x W=1':>7}{'MFU':>7}")
     records: list[dict[str, Any]] = []
     for setting in settings:
         if args.networks is None or setting.name in args.networks:
@@ -96,6 +101,7 @@ def cases(setting: Setting, device: str, precision: str) -> list[Case]:
     found = [Case("bare loop", setting, 1, device, precision)]
     for size in sizes:
         names = ["facetrain", "DDP + pytorch-metric-learning"] + ["facetrain compiled"] * (device == "cuda")
+        names += ["facetrain overlapped"] * (setting.norm == "none")
         found += [Case(name, setting, size, device, precision) for name in names]
     return found
 
@@ -173,7 +179,8 @@ def serve(pipe: Any, case: Case, rank: int, port: int) -> None:
         if not on_cuda:
             torch.set_num_threads(1)
         torch.manual_seed(0)
-        model, data = ModelConfig(name=setting.name), DataConfig(image_px=setting.image_px)
+        model = ModelConfig(name=setting.name, norm=setting.norm)  # type: ignore[arg-type]
+        data = DataConfig(image_px=setting.image_px)
         backbone = build_backbone(model, channels=3, image_px=setting.image_px)
         generator = torch.Generator().manual_seed(rank)
         shape = (2, setting.pairs_per_rank, setting.image_px, setting.image_px, 3)
@@ -226,6 +233,7 @@ def facetrain_steps(backbone: Any, case: Case, world: Any) -> Callable[[Any], An
         precision=case.precision,  # type: ignore[arg-type]
         learning_rate=LEARNING_RATE,
         compile=case.trainer == "facetrain compiled",
+        overlap=case.trainer == "facetrain overlapped",
     )
     engine = Engine(backbone, config, world, pairs_per_rank=pairs)
     clock, finite, stop = StepClock(world, factor=1e9), FiniteWatch(world), StopRequest(world)
@@ -308,6 +316,7 @@ def plain_steps(network: Any, loss: Callable[[Any, Any], Any], case: Case) -> Ca
 TRAINERS: dict[str, Callable[[Any, Case, Any], Callable[[Any], Any]]] = {
     "facetrain": facetrain_steps,
     "facetrain compiled": facetrain_steps,
+    "facetrain overlapped": facetrain_steps,
     "bare loop": bare_steps,
     "DDP + pytorch-metric-learning": metric_learning_steps,
 }
@@ -331,8 +340,8 @@ def add_ratios(record: dict[str, Any], records: list[dict[str, Any]]) -> None:
 def format_row(record: dict[str, Any]) -> str:
     """Return a line of the table."""
     setting = record["setting"]
-    head = f"{setting['name']:10}{setting['image_px']:>4}{setting['pairs_per_rank']:>6}{record['world_size']:>3}"
-    head += f"  {record['trainer']:32}"
+    head = f"{setting['name']:10}{setting['norm']:>6}{setting['image_px']:>4}{setting['pairs_per_rank']:>6}"
+    head += f"{record['world_size']:>3}  {record['trainer']:32}"
     if not record["seconds"]:
         return head + f"{record['error']:>9}"
     figures = record["images_per_s"], record["of_bare"], record["of_one_rank"], record["mfu"]
@@ -344,7 +353,7 @@ def wishes(records: list[dict[str, Any]]) -> list[str]:
     ours = [r for r in records if r["trainer"] == "facetrain" and r["seconds"]]
     lines = []
     for record in ours:
-        name, size = record["setting"]["name"], record["world_size"]
+        name, size = f"{record['setting']['name']} ({record['setting']['norm']})", record["world_size"]
         if size == 1:
             lines.append(verdict(f"{name}: one rank at least 0.95 of the bare loop", record["of_bare"], 0.95))
         if size == 2 and record["device"] == "cpu":
