@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,8 +96,12 @@ class Run:
         if folder.resume_from is not None:
             load_optimizer(folder.resume_from, self.engine)
             load_loss(folder.resume_from, self.loss)
-        parameters = config.flat() | {"data.manifest_sha256": inputs.shards.manifest.sha256}
-        self.tracker = Tracker(config.tracking, folder.path, world, parameters=parameters)
+        self.tracker = Tracker(
+            config.tracking,
+            folder.path,
+            world,
+            parameters=_compared(config) | {"data.manifest_sha256": inputs.shards.manifest.sha256},
+        )
         self.saver = Saver(folder.path, config, world, self.state)
         mines = config.mining.mode != "off"
         self.miner = Miner(config, inputs.shards, self.plan, world) if mines else None
@@ -305,6 +310,11 @@ class Run:
             log.info(f"results   {path / 'results.json'}")
             log.info(f"tracking  {self.tracker.where()}")
         self.tracker.finish()
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Return the settings by which runs are compared: all but their names, which MLflow shows anyway."""
+    return {k: value for k, value in config.flat().items() if k != "run.dir" and not k.startswith("tracking.")}
 
 
 if __name__ == "__main__":

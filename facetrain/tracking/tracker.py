@@ -54,7 +54,7 @@ class Tracker:
         self._sender: _Sender | None = None
         if world.is_main and config.backend == "mlflow":
             try:
-                name, tags = config.run_name or run_dir.name, environment_tags()
+                name, tags = config.run_name or run_dir.name, environment_tags() | {"run_dir": str(run_dir.absolute())}
                 outbox = Outbox.start(
                     run_dir,
                     experiment=config.experiment,

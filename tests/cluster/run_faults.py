@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cluster.measure import STEPS, STRIKE_AT, Bench, Outcome, outcome, strike
@@ -96,15 +96,20 @@ def asked_to_stop_one_rank(bench: Bench) -> Outcome:
 
 
 @contextmanager
-def with_mlflow(bench: Bench, name: str) -> Iterator[tuple[Training, TcpProxy, Path]]:
-    """Start a training of two ranks that records at a port of a proxy; there is no server yet behind it."""
+def with_mlflow(bench: Bench, name: str, *, is_up: bool) -> Iterator[tuple[Training, TcpProxy, Path, ExitStack]]:
+    """Start a training of two ranks that records at a port of a proxy, behind which a server is up from before or not.
+
+    Yields the training, the proxy, the server's folder, and what ends the server when it is closed.
+    """
     folder = bench.folder / f"{name}_server"
     folder.mkdir(parents=True)
-    with TcpProxy(free_port()) as proxy:
+    with TcpProxy(free_port()) as proxy, ExitStack() as server:
+        if is_up:
+            server.enter_context(mlflow_server(proxy.target_port, folder))
         env = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{proxy.port}"}
         settings = bench.settings(name, tracking__backend="mlflow")
         with Training(settings, processes=2, env=env) as training:
-            yield training, proxy, folder
+            yield training, proxy, folder, server
 
 
 def recorded(training: Training, proxy: TcpProxy) -> str:
@@ -124,7 +129,7 @@ def recorded(training: Training, proxy: TcpProxy) -> str:
 
 def mlflow_down_at_the_start(bench: Bench) -> Outcome:
     """MLflow's server isn't there until training is half way."""
-    with with_mlflow(bench, "mlflow_down_at_the_start") as (training, proxy, folder):
+    with with_mlflow(bench, "mlflow_down_at_the_start", is_up=False) as (training, proxy, folder, _):
         struck_at = time.monotonic()
         training.wait_for_step(STRIKE_AT)
         with mlflow_server(proxy.target_port, folder):
@@ -135,10 +140,9 @@ def mlflow_down_at_the_start(bench: Bench) -> Outcome:
 
 def mlflow_killed(bench: Bench) -> Outcome:
     """MLflow's server is killed half way, and is back after the end; then `facetrain sync`."""
-    with with_mlflow(bench, "mlflow_killed") as (training, proxy, folder):
-        with mlflow_server(proxy.target_port, folder):
-            training.wait_for_step(STRIKE_AT)
-            struck_at = time.monotonic()
+    with with_mlflow(bench, "mlflow_killed", is_up=True) as (training, proxy, folder, server):
+        training.wait_for_step(STRIKE_AT)
+        struck_at = strike(training, server.close)
         training.wait_until_ended()
         with mlflow_server(proxy.target_port, folder):
             note = recorded(training, proxy)
@@ -147,12 +151,11 @@ def mlflow_killed(bench: Bench) -> Outcome:
 
 def mlflow_hangs(bench: Bench) -> Outcome:
     """MLflow's server takes requests and never answers, from half way on; then `facetrain sync`."""
-    with with_mlflow(bench, "mlflow_hangs") as (training, proxy, folder):
-        with mlflow_server(proxy.target_port, folder):
-            training.wait_for_step(STRIKE_AT)
-            struck_at = strike(training, lambda: setattr(proxy, "mode", "stall"))
-            training.wait_until_ended()
-            note = recorded(training, proxy)
+    with with_mlflow(bench, "mlflow_hangs", is_up=True) as (training, proxy, _, _):
+        training.wait_for_step(STRIKE_AT)
+        struck_at = strike(training, lambda: setattr(proxy, "mode", "stall"))
+        training.wait_until_ended()
+        note = recorded(training, proxy)
         return outcome(training, struck_at, "MLflow failed|MLflow lacks", bench.undisturbed(), note=note)
 
 

@@ -29,14 +29,14 @@ def straight(slurm, synthetic, tmp_path_factory) -> Path:
     log = folder / f"facetrain-{job}.log"
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
     of_ranks = [file.read_text() for file in (folder / f"facetrain-{job}").rglob("stderr.log")]
-    assert sum("step     60/60" in text for text in of_ranks) == 1
+    assert sum("step    300/300" in text for text in of_ranks) == 1
     assert len(of_ranks) == 2
     return folder / "run"
 
 
 def settings_of(synthetic: Path, run_dir: Path, *, save_every_steps: int = 1000) -> list[str | Path]:
     settings: list[str | Path] = ["--run.dir", run_dir, "--data.shards", synthetic / "shards", "--data.image_px", "32"]
-    settings += ["--train.global_pairs", "8", "--train.steps", "60", "--train.save_every_steps", str(save_every_steps)]
+    settings += ["--train.global_pairs", "8", "--train.steps", "300", "--train.save_every_steps", str(save_every_steps)]
     return [*settings, "--train.log_every_steps", "1", "--tracking.backend", "none"]
 
 
@@ -83,7 +83,7 @@ def test_the_doctor_looks_at_two_nodes(slurm, synthetic, tmp_path):
 def test_a_job_that_is_warned_goes_on_to_the_same_weights(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir), log)
-    wait_for(slurm, job, log, "step      5/60")
+    wait_for(slurm, job, log, "step      5/300")
     slurm.run("scancel", "--signal=USR1", "--batch", job)
     slurm.start_again(job)
     assert "on request; the same command goes on from there" in log.read_text()
@@ -93,7 +93,7 @@ def test_a_job_that_is_warned_goes_on_to_the_same_weights(slurm, synthetic, stra
 def test_a_job_that_makes_room_for_another_goes_on_after_it(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir), log)
-    wait_for(slurm, job, log, "step      5/60")
+    wait_for(slurm, job, log, "step      5/300")
     options = ["--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
     urgent = slurm.run("sbatch", "--parsable", *options, "--wrap", "sleep 3")
     assert slurm.wait(urgent, "COMPLETED", "FAILED") == "COMPLETED"
@@ -105,7 +105,7 @@ def test_a_job_that_makes_room_for_another_goes_on_after_it(slurm, synthetic, st
 def test_a_job_that_is_cancelled_saves_and_the_next_goes_on(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir), log)
-    wait_for(slurm, job, log, "step      5/60")
+    wait_for(slurm, job, log, "step      5/300")
     slurm.run("scancel", job)
     slurm.wait(job, "CANCELLED")
     slurm.wait_for_nodes()
@@ -117,7 +117,7 @@ def test_a_job_that_is_cancelled_saves_and_the_next_goes_on(slurm, synthetic, st
 def test_a_job_whose_node_dies_goes_on_when_there_is_another(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir, save_every_steps=10), log)
-    wait_for(slurm, job, log, "step     15/60")
+    wait_for(slurm, job, log, "step     15/300")
     slurm.kill_node("n2")
     slurm.wait(job, "PENDING")
     slurm.start_node("n2")

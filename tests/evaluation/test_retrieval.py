@@ -230,12 +230,17 @@ def test_the_command_writes_results_and_prints_a_table(tmp_path: Path) -> None:
 @pytest.mark.slow  # importing them takes longer than all other tests of this file
 def test_other_libraries_agree() -> None:
     calculators = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    inference = pytest.importorskip("pytorch_metric_learning.utils.inference")
+    distances = pytest.importorskip("pytorch_metric_learning.distances")
     metrics = pytest.importorskip("sklearn.metrics")
     neighbors = pytest.importorskip("sklearn.neighbors")
     embeddings, labels = clouds(0, 500, 40)
     labels[0] = 77  # alone in its class
     included = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
-    calculator = calculators.AccuracyCalculator(include=included, k="max_bin_count", device=torch.device("cpu"))
+    knn = inference.CustomKNN(distances.CosineSimilarity())  # its default needs FAISS
+    calculator = calculators.AccuracyCalculator(
+        include=included, k="max_bin_count", device=torch.device("cpu"), knn_func=knn
+    )
     theirs = calculator.get_accuracy(torch.from_numpy(embeddings), torch.from_numpy(labels))
     ours = retrieve(embeddings, read_labels(labels), recall_at=(1,)).figures()
     assert ours["recall_at_1"] == pytest.approx(theirs["precision_at_1"])

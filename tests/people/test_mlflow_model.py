@@ -37,7 +37,6 @@ def finished(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def client(finished: Path, monkeypatch: pytest.MonkeyPatch) -> "mlflow.MlflowClient":
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished.parent}/mlflow.db")
-    mlflow.set_tracking_uri(f"sqlite:///{finished.parent}/mlflow.db")
     return mlflow.MlflowClient()
 
 
