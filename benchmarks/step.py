@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="bfloat16 on GPUs, else float32")
     parser.add_argument("--networks", nargs="+", help="some of casianet, iresnet18, iresnet50")
+    parser.add_argument("--norms", nargs="+", default=("batch", "none"), help="batch, none or both, if not given")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="CasiaNet alone, three turns")
     parser.add_argument("--tiny", action="store_true", help="sizes of no meaning, to see that it runs")
@@ -83,7 +84,7 @@ def main() -> None:
     print(f"{head}{'images/s':>9}{'x bare':>8}{'x W=1':>7}{'MFU':>7}")
     records: list[dict[str, Any]] = []
     for setting in settings:
-        if args.networks is None or setting.name in args.networks:
+        if (args.networks is None or setting.name in args.networks) and setting.norm in args.norms:
             records += (found := measure(cases(setting, args.device, precision), turns))
             print("\n".join(map(format_row, found)))
     print("\n" + "\n".join(wishes(records)))
