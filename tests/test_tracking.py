@@ -114,6 +114,17 @@ def test_a_bad_server_stops_no_training_and_another_gets_all_of_it_later(tmp_pat
     assert [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)] == ["results.json"]
 
 
+def test_the_end_waits_for_a_server_no_longer_than_it_may(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracker_module, "CLOSE_WAIT_S", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
+    with BadServer("hangs") as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        tracker = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4})
+        tracker.metrics(1, {"train/loss": 1.0})
+        tracker.finish()  # comes back though no answer ever came
+        assert "MLflow lacks some of this run" in caplog.text
+
+
 def test_recording_a_step_opens_one_file_and_never_waits_for_a_server(tmp_path, monkeypatch):
     """What a step pays for MLflow, whatever its server does: the calls of the thread that trains, counted."""
     seen, is_counting, trains = [], True, threading.get_ident()

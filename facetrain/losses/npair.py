@@ -48,7 +48,7 @@ class NPairLoss(Loss):
         # Over all ranks; each ends with all N negatives and labels, in rank order.
         gather = gather or self.start_gather(anchors_nD if config.name == "tuplet" else positives_nD)
         labels_N, negatives_ND = self.world.all_gather(labels_n), gather.finish()
-        if self._memory is not None:
+        if self._memory is not None:  # N columns become N times one more than the batches remembered
             labels_N, negatives_ND = self._memory.extend(labels_N, negatives_ND)
         if config.temperature is not None:
             anchors_nD = F.normalize(anchors_nD) / config.temperature

@@ -106,7 +106,10 @@ def outcome(
         return Outcome("nothing", None, longest_s, 0, is_equal, note)
     seen = training.wait_for(says, after=struck_at, timeout_s=0)
     restarts = [line.at for line in training.lines if line.at > struck_at and "continues at step" in line.text]
-    again = next(line for line in taken if line.at > max(restarts, default=struck_at))
+    goes_on_at = max([seen.at, *restarts])
+    if not restarts and goes_on_at > taken[-1].at:  # said after the last step, of a training that never stopped
+        goes_on_at = struck_at
+    again = next(line for line in taken if line.at > goes_on_at)
     last = max((line.step or 0 for line in taken if line.at < again.at), default=0)
     return Outcome(
         said=cleaned(seen.text),
