@@ -7,7 +7,7 @@ A cache folder holds
     sets/SHA256/              manifest, class table and image index of one set of shards
 
 A process holds a lock on the file itself, shared on what it reads and exclusive on what it fetches, and the system
-drops the locks of a process that dies. Parts are made, and files evicted, under the lock of the folder.
+drops the locks of a process that dies. Under the lock of the folder parts are made and named, and files evicted.
 """
 
 import fcntl
@@ -166,7 +166,8 @@ class ShardCache:
                         part.unlink()
                     raise
                 os.fsync(fd)  # before it gets its name: after a power cut it is complete or not there
-                part.replace(path)
+                with self._locked(".lock"):  # a name that changes while they are counted would be left out
+                    part.replace(path)
             elif not _is_at(fd, path):
                 release(fd)
                 return None
@@ -227,7 +228,7 @@ class ShardCache:
             if match := _ENTRY.fullmatch(path.name):  # whatever else somebody keeps there is left alone
                 try:
                     stat = path.stat()
-                except FileNotFoundError:  # a part that has just got its name
+                except FileNotFoundError:  # removed since, by who found it damaged
                     continue
                 size_bytes = int(match["size"] or stat.st_size)
                 entries.append(_Entry(stat.st_mtime_ns, path, size_bytes, stat.st_size))

@@ -36,6 +36,7 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 KillWait=20
+MinJobAge=3600
 SlurmdTimeout=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -109,7 +110,7 @@ class Slurm:
         self.wait(job, "PENDING")
         self.wait_for_nodes()  # started again while its end is still being cleared up, a job fails
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
-        self.wait(job, "RUNNING", "COMPLETED")
+        self.wait(job, "RUNNING", "COMPLETED", "FAILED")
 
 
 def missing_program() -> str:

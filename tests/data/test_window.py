@@ -1,6 +1,6 @@
 """The windowed schedule: few shards at a time, every identity alike, the same for any ranks and from any step on."""
 
-import contextlib
+import fcntl
 from collections import Counter
 from pathlib import Path
 
@@ -223,12 +223,10 @@ def test_a_cache_without_room_for_the_windows_is_refused_at_the_start(synthetic:
 
 
 def bytes_in(cache: Path) -> int:
-    """Size of the cached shards; one that is evicted between listing and looking counts nothing."""
-    total = 0
-    for path in cache.glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
+    """Size of the cached shards, at a moment in which none comes or goes."""
+    with open(cache / ".lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in cache.glob("*.tar"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
