@@ -1,6 +1,6 @@
 """What mining a batch costs: greedy selection one by one against best-first search on a graph that batches share.
 
-    OMP_NUM_THREADS=1 python benchmarks/mining.py [--quick] [--json FILE] [--exact 10000] [--approximate 100000]
+    OMP_NUM_THREADS=1 python benchmarks/mining.py [--quick] [--json FILE] [--exact 10000] [--approximate 100000 1000000]
 
 Embeddings are drawn, with the structure of faces: identities lie in groups, groups in larger groups, and two images of
 an identity differ. Every case is seeded; times are medians over batches mined from different starts.
@@ -8,6 +8,7 @@ an identity differ. Every case is seeded; times are medians over batches mined f
 - `plain` is incremental greedy selection in float32, as one would write it: a product with all positives per class.
 - `reference` is `greedy_classes`, whose scores are exact in float64, so that lists can be compared to the bit.
 - `search` is `best_first_classes`, given the graph.
+- Where the graph is approximate, classes are those of a table in bfloat16, as in `mining.mode=table`.
 
 Dims: C candidate classes, D embedding width, N classes of a batch.
 """
@@ -18,8 +19,9 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,11 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from facetrain.mining.approximate import approximate_graph
 from facetrain.mining.best_first import Extend, NeighbourGraph, Row, best_first_classes
-from facetrain.mining.cluster_search import neighbours_in_clusters
+from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.greedy import GreedyResult, greedy_classes
 from facetrain.mining.neighbours import graph_pays, neighbour_graph, neighbours_needed
-from facetrain.search import similarity_blocks, top_k, unit_centres
 from facetrain.world import World
 
 T = TypeVar("T")
@@ -70,7 +72,7 @@ class ExactCase:
 
 @dataclass(frozen=True)
 class ApproximateCase:
-    """Best-first search on a graph found in clusters: not exact, so its lists are judged by their violations."""
+    """Best-first search on a table's graph, found in clusters: not exact, so its lists are judged by violations."""
 
     candidates: int
     pairs: int
@@ -80,7 +82,7 @@ class ApproximateCase:
     graph_ms: float
     """Once a round."""
     recall: float
-    """Share of the exact neighbours that the graph holds, over 256 random classes."""
+    """Share of the true neighbours that the graph holds, over 128 random classes."""
     violation_plain: float
     violation_search: float
     """Mean over the added classes, of one list from the same start."""
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument(
         "--approximate", type=int, nargs="*", help="candidates for an approximate graph (default 100000)"
     )
+    parser.add_argument("--probes", type=int, default=16, help="clusters that a class looks into (approximate graph)")
     parser.add_argument("--pairs", type=int, nargs="*", help="classes of a batch (default 320 1000 4000)")
     parser.add_argument("--width", type=int, help="embedding width (default 512)")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of this process: where others run beside it")
@@ -121,7 +124,9 @@ def main() -> None:
     print("  ".join(f"{key} {value}" for key, value in where.items()))
     exact_cases = [case for size in exact for case in measure_exact(size, width, pairs, clock)]
     print_exact(exact_cases)
-    approximate_cases = [case for size in approximate for case in measure_approximate(size, width, pairs, clock)]
+    approximate_cases = [
+        case for size in approximate for case in measure_approximate(size, width, pairs, args.probes, clock)
+    ]
     print_approximate(approximate_cases)
     if args.json:
         cases = {"exact": exact_cases, "approximate": approximate_cases}
@@ -145,18 +150,23 @@ def grouped_faces(num: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def plain_greedy(anchors_CD: Tensor, positives_CD: Tensor, num: int, rng: np.random.Generator) -> GreedyResult:
-    """Select classes as `greedy_classes` does, from the same first class, in float32 and without looking for ties."""
+def plain_classes(anchors_CD: Tensor, positives_CD: Tensor, rng: np.random.Generator) -> Iterator[tuple[int, float]]:
+    """Yield classes and their scores as `greedy_classes` selects them, in float32 and without looking for ties."""
     best_C, taken_C = torch.full((2, len(anchors_CD)), -torch.inf)
     taken_C.zero_()
-    order, violations = [int(rng.random(num)[0] * len(anchors_CD))], [0.0]
-    for _ in range(1, num):
-        taken_C[order[-1]] = -torch.inf
-        products_C = positives_CD @ anchors_CD[order[-1]]
-        torch.maximum(best_C, products_C - products_C[order[-1]], out=best_C)
+    newest, violation = int(rng.random() * len(anchors_CD)), 0.0
+    while True:
+        yield newest, violation
+        taken_C[newest] = -torch.inf
+        products_C = positives_CD @ anchors_CD[newest]
+        torch.maximum(best_C, products_C - products_C[newest], out=best_C)
         value, place = (best_C + taken_C).max(dim=0)
-        order.append(int(place))
-        violations.append(float(value))
+        newest, violation = int(place), float(value)
+
+
+def result_of(selected: Sequence[tuple[int, float]]) -> GreedyResult:
+    """Return classes and their scores as a list that is mined."""
+    order, violations = zip(*selected, strict=True)
     return GreedyResult(np.array(order), np.array(violations, dtype=np.float32), ties=0)
 
 
@@ -181,7 +191,7 @@ def measure_exact(num_candidates: int, width: int, pairs: list[int], clock: Cloc
             return greedy_classes(anchors, positives, num, np.random.default_rng(seed))
 
         def plain(seed: int, num: int = num) -> GreedyResult:
-            return plain_greedy(anchors, positives, num, np.random.default_rng(seed))
+            return result_of([*islice(plain_classes(anchors, positives, np.random.default_rng(seed)), num)])
 
         search_ms, found = median_of(search, SEARCHES, clock)
         plain_ms, _ = median_of(plain, GREEDY_RUNS, clock)
@@ -213,22 +223,32 @@ def build(anchors_CD: Tensor, positives_CD: Tensor, num: int) -> tuple[Neighbour
     return neighbour_graph(anchors_CD, positives_CD, World(), num_neighbours=num_neighbours)
 
 
-def measure_approximate(num_candidates: int, width: int, pairs: list[int], clock: Clock) -> list[ApproximateCase]:
-    """Time all numbers of pairs on one graph of clusters, and say how far its lists are from greedy ones."""
-    anchors, positives = grouped_faces(num_candidates, width, seed=0)
-    graph_ms, graph = timed(lambda: approximate_graph(anchors, positives), clock)
-    recall = recall_of(graph, anchors, positives)
-    cases = []
-    for num in pairs:
+def measure_approximate(
+    num_candidates: int, width: int, pairs: list[int], probes: int, clock: Clock
+) -> list[ApproximateCase]:
+    """Time all numbers of pairs on one graph of a table, and say how far its lists are from greedy ones."""
+    table = EmbeddingTable(np.arange(num_candidates), dtype=torch.bfloat16, world=World())
+    table.observe(0, torch.arange(num_candidates), torch.stack(grouped_faces(num_candidates, width, seed=0)))
+    rows = np.arange(num_candidates)
+    sizes = {"num_neighbours": NEIGHBOURS, "probes": probes}
+    graph_ms, (graph, recall) = timed(
+        lambda: approximate_graph(table, rows, similarity_cap=None, generator=np.random.default_rng(0), **sizes), clock
+    )
+    anchors, positives = table.own(rows)
+    selection = plain_classes(anchors, positives, np.random.default_rng(0))
+    selected: list[tuple[int, float]] = []
+    plain_ms, cases = 0.0, []
+    for num in sorted(pairs):  # a shorter list is the beginning of a longer one
 
         def search(seed: int, num: int = num) -> GreedyResult:
             return best_first_classes(graph, num, np.random.default_rng(seed), extend=None)
 
-        def plain(seed: int, num: int = num) -> GreedyResult:
-            return plain_greedy(anchors, positives, num, np.random.default_rng(seed))
-
         search_ms, (found, *_) = median_of(search, SEARCHES, clock)
-        plain_ms, (greedy,) = median_of(plain, 1, clock)
+        num_more = num - len(selected)
+        more_ms, more = timed(lambda num_more=num_more: [*islice(selection, num_more)], clock)
+        plain_ms += more_ms
+        selected += more
+        greedy = result_of(selected)
         cases.append(
             ApproximateCase(
                 candidates=num_candidates,
@@ -246,32 +266,6 @@ def measure_approximate(num_candidates: int, width: int, pairs: list[int], clock
             )
         )
     return cases
-
-
-def approximate_graph(anchors_CD: Tensor, positives_CD: Tensor, probes: int = 16) -> NeighbourGraph:
-    """Find neighbours in the `probes` most promising of 4 sqrt(C) clusters."""
-    num_clusters = 4 * math.isqrt(len(anchors_CD))
-    centres_LD = unit_centres(positives_CD[: 40 * num_clusters], num_clusters, seed=0)
-    neighbours_CK, scores_CK = neighbours_in_clusters(
-        anchors_CD,
-        positives_CD,
-        top_k(positives_CD, centres_LD, 1)[1][:, 0],
-        top_k(anchors_CD, centres_LD, probes)[1],
-        num_neighbours=NEIGHBOURS,
-        world=World(),
-    )
-    own_C = (anchors_CD * positives_CD).sum(dim=1)
-    return NeighbourGraph(neighbours_CK.numpy(), scores_CK.numpy(), own_C.numpy())
-
-
-def recall_of(graph: NeighbourGraph, anchors_CD: Tensor, positives_CD: Tensor, num_classes: int = 256) -> float:
-    """Return the share of the exact K neighbours of random classes that the graph holds."""
-    classes = np.random.default_rng(0).choice(len(anchors_CD), min(num_classes, len(anchors_CD)), replace=False)
-    exact = torch.cat(
-        [scores.topk(NEIGHBOURS).indices for _, scores in similarity_blocks(anchors_CD[classes], positives_CD)]
-    )
-    held = [len(np.intersect1d(graph.neighbours[s], row)) for s, row in zip(classes, exact.numpy(), strict=True)]
-    return float(np.mean(held)) / NEIGHBOURS
 
 
 def true_violation(anchors_CD: Tensor, positives_CD: Tensor, order: NDArray[np.int64]) -> float:

@@ -108,8 +108,9 @@ class Slurm:
     def start_again(self, job: str) -> None:
         """Let a requeued job start, which SLURM lets wait for two minutes, and wait until it has."""
         self.wait(job, "PENDING")
-        self.wait_for_nodes()  # started again while its end is still being cleared up, a job fails
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        self.wait_for_nodes()
+        # Not in the second of its end: nodes then take the new start for the one that was revoked, and refuse it.
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
         self.wait(job, "RUNNING", "COMPLETED", "FAILED")
 
 
