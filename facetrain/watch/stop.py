@@ -21,7 +21,8 @@ class StopRequest:
     """Whether someone asked for an end; used as a context around the training loop, in the main thread.
 
     SIGTERM is what torchrun passes on to its processes, and what queues send before they kill; SIGUSR1 is what they
-    can be asked to send earlier. A second SIGTERM ends the process at once.
+    can be asked to send earlier. More of them change nothing: a cancelled job's processes get one SIGTERM from SLURM
+    and another from torchrun. Both kill what hasn't ended some seconds later.
     """
 
     def __init__(self, world: World) -> None:
@@ -74,4 +75,3 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
-        signal.signal(number, self._before[signal.Signals(number)])

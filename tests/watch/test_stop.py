@@ -15,7 +15,8 @@ def stop(world: World, number: int, launchers: list[str]) -> str:
     os.environ["GROUP_RANK"] = launchers[world.rank]
     with StopRequest(world) as request:
         if world.rank == world.world_size - 1:
-            os.kill(os.getpid(), number)
+            for _ in range(2):  # SLURM and torchrun, both of them
+                os.kill(os.getpid(), number)
         while not request.is_due():
             pass
         request.end(7)
