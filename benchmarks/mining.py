@@ -45,6 +45,8 @@ BATCHES_PER_ROUND = (1, 8, 64)
 SEARCHES, GREEDY_RUNS = 5, 2
 NEIGHBOURS = 128
 """Of the approximate graph."""
+_PIECE = 1 << 16
+"""Classes that are drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def grouped_faces(num: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw anchors and positives, float32 [C, D] of norm 5: groups of 50 classes, in groups of 20 groups."""
+def grouped_faces(num: int, width: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw anchors and positives, float32 [.., D] of norm 5, piece by piece: groups of 50 classes, in groups of 20."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> Tensor:
@@ -144,9 +146,10 @@ def grouped_faces(num: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
     num_groups = max(2, num // 50)
     num_large = max(2, num_groups // 20)
     groups = draw(num_large)[torch.randint(num_large, (num_groups,), generator=rng)] + draw(num_groups)
-    classes = groups[torch.randint(num_groups, (num,), generator=rng)] + draw(num)
-    anchors, positives = (5 * torch.nn.functional.normalize(classes + draw(num), dim=1) for _ in range(2))
-    return anchors, positives
+    for group in torch.randint(num_groups, (num,), generator=rng).split(_PIECE):
+        classes = groups[group] + draw(len(group))
+        anchors, positives = (5 * torch.nn.functional.normalize(classes + draw(len(group)), dim=1) for _ in range(2))
+        yield anchors, positives
 
 
 @torch.no_grad()
@@ -172,7 +175,7 @@ def result_of(selected: Sequence[tuple[int, float]]) -> GreedyResult:
 
 def measure_exact(num_candidates: int, width: int, pairs: list[int], clock: Clock) -> list[ExactCase]:
     """Time all numbers of pairs on exact graphs, and compare the lists."""
-    anchors, positives = grouped_faces(num_candidates, width, seed=0)
+    anchors, positives = (torch.cat(views) for views in zip(*grouped_faces(num_candidates, width, seed=0), strict=True))
     cases = []
     for num in pairs:
         graph_ms, (graph, extend) = timed(lambda num=num: build(anchors, positives, num), clock)
@@ -228,8 +231,10 @@ def measure_approximate(
 ) -> list[ApproximateCase]:
     """Time all numbers of pairs on one graph of a table, and say how far its lists are from greedy ones."""
     table = EmbeddingTable(np.arange(num_candidates), dtype=torch.bfloat16, world=World())
-    table.observe(0, torch.arange(num_candidates), torch.stack(grouped_faces(num_candidates, width, seed=0)))
     rows = np.arange(num_candidates)
+    pieces = zip(torch.from_numpy(rows).split(_PIECE), grouped_faces(num_candidates, width, seed=0), strict=True)
+    for labels, views in pieces:
+        table.observe(0, labels, torch.stack(views))
     sizes = {"num_neighbours": NEIGHBOURS, "probes": probes}
     graph_ms, (graph, recall) = timed(
         lambda: approximate_graph(table, rows, similarity_cap=None, generator=np.random.default_rng(0), **sizes), clock
