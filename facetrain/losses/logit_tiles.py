@@ -1,7 +1,8 @@
 """Losses over the n x N logits of a rank, which never exist whole: they are made in tiles of rows.
 
-Dims: n local rows, N columns (the rows of all ranks), t rows of a tile, D embedding width. All tensors are local. The
-logits <f_i, g_j> of one identity are masked: pairs with one label are no negatives of each other.
+Dims: n local rows, N columns (the rows of all ranks), P columns of the past, K = N + P, t rows of a tile, D embedding
+width. All tensors are local. The logits <f_i, g_j> of one identity are masked: pairs with one label are no negatives of
+each other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ def sum_of_rows(
     *,
     first: int = 0,
     own_n: Tensor | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
     tile_bytes: int = LossConfig.tile_bytes,
 ) -> Tensor:
     """Return the sum of a loss of each row, with gradient.
@@ -62,9 +64,13 @@ def sum_of_rows(
         labels_N: int64, identities of the columns.
         first: Column of the own positive of row 0; that of row i is first + i.
         own_n: Scores of the own positives where they are no columns; `first` then says nothing.
+        past: Labels [P] and embeddings [P, D] of further columns, which take no gradient.
         tile_bytes: Size of a tile of logits, 1 or more; a tile is a row at least.
     """
-    total: Tensor = _SumOfRows.apply(row_loss, anchors_nD, negatives_ND, own_n, labels_n, labels_N, first, tile_bytes)
+    labels_K, past_PD = (labels_N, None) if past is None else (torch.cat([labels_N, past[0]]), past[1])
+    total: Tensor = _SumOfRows.apply(
+        row_loss, anchors_nD, negatives_ND, past_PD, own_n, labels_n, labels_K, first, tile_bytes
+    )
     return total
 
 
@@ -81,32 +87,34 @@ class _SumOfRows(torch.autograd.Function):
         row_loss: RowLoss,
         anchors_nD: Tensor,
         negatives_ND: Tensor,
+        past_PD: Tensor | None,
         own_n: Tensor | None,
         labels_n: Tensor,
-        labels_N: Tensor,
+        labels_K: Tensor,
         first: int,
         tile_bytes: int,
     ) -> Tensor:
         with_gradient = any(ctx.needs_input_grad)
-        rows = _rows_of_a_tile(anchors_nD, negatives_ND, tile_bytes)
-        buffer_tN = anchors_nD.new_empty(min(rows, len(anchors_nD)), len(negatives_ND))
+        columns_KD = negatives_ND if past_PD is None else torch.cat([negatives_ND, past_PD])
+        rows = _rows_of_a_tile(anchors_nD, columns_KD, tile_bytes)
+        buffer_tK = anchors_nD.new_empty(min(rows, len(anchors_nD)), len(columns_KD))
         grads = [torch.empty_like(x) for x in (anchors_nD, negatives_ND)] if with_gradient else []
         losses, pulls = [], []
         for start in range(0, len(anchors_nD), rows):
             tile = slice(start, start + rows)
             anchors_tD = anchors_nD[tile]
-            logits_tN = torch.mm(anchors_tD, negatives_ND.T, out=buffer_tN[: len(anchors_tD)])
-            diagonal_t = logits_tN.diagonal(first + start)[: len(anchors_tD)]  # a view: the own positives' logits
+            logits_tK = torch.mm(anchors_tD, columns_KD.T, out=buffer_tK[: len(anchors_tD)])
+            diagonal_t = logits_tK.diagonal(first + start)[: len(anchors_tD)]  # a view: the own positives' logits
             own_t = diagonal_t.clone() if own_n is None else own_n[tile]
-            logits_tN.masked_fill_(labels_n[tile, None] == labels_N, torch.finfo(logits_tN.dtype).min)
-            losses_t, pull_t = row_loss(logits_tN, own_t)
+            logits_tK.masked_fill_(labels_n[tile, None] == labels_K, torch.finfo(logits_tK.dtype).min)
+            losses_t, pull_t = row_loss(logits_tK, own_t)
             losses.append(losses_t)
             if with_gradient:
                 if own_n is None:
                     diagonal_t.copy_(pull_t).neg_()
                 pulls.append(pull_t)
-                torch.mm(logits_tN, negatives_ND, out=grads[0][tile])
-                grads[1].addmm_(logits_tN.T, anchors_tD, beta=0 if start == 0 else 1)
+                torch.mm(logits_tK, columns_KD, out=grads[0][tile])
+                grads[1].addmm_(logits_tK[:, : len(negatives_ND)].T, anchors_tD, beta=0 if start == 0 else 1)
         if with_gradient and own_n is not None:
             grads.append(torch.cat(pulls).neg_())
         ctx.save_for_backward(*grads)
@@ -117,7 +125,8 @@ class _SumOfRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second backward through the same graph is refused by autograd, never wrong.
         grad_anchors_nD, grad_negatives_ND, *grad_own = (x.mul_(grad) for x in ctx.saved_tensors)
-        return None, grad_anchors_nD, grad_negatives_ND, grad_own[0] if grad_own else None, None, None, None, None
+        grad_own_n = grad_own[0] if grad_own else None
+        return None, grad_anchors_nD, grad_negatives_ND, None, grad_own_n, None, None, None, None
 
 
 def rows_and_columns(

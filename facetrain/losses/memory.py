@@ -10,7 +10,7 @@ from torch import Tensor
 class BatchMemory:
     """What all ranks gathered in the last batches, the same on every rank; it takes no gradient.
 
-    Dims: B batches remembered, at most; N pairs of a global batch; K = N (1 + batches that are there) columns.
+    Dims: B batches remembered, at most; N pairs of a global batch; P = N times the batches that are there.
 
     Source: Wang et al., Cross-batch memory for embedding learning, CVPR 2020.
     """
@@ -19,12 +19,16 @@ class BatchMemory:
         """Remember nothing yet, and up to `batches` batches, 1 or more."""
         self._past: deque[tuple[Tensor, Tensor]] = deque(maxlen=batches)
 
-    def extend(self, labels_N: Tensor, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels [K] and rows [K, D], first of this batch, with gradient, then of those before; remember it."""
-        labels_K = torch.cat([labels_N, *(labels for labels, _ in self._past)])
-        rows_KD = torch.cat([rows_ND, *(rows for _, rows in self._past)])
+    def past(self) -> tuple[Tensor, Tensor] | None:
+        """Return labels [P] and rows [P, D] of the batches that are there, the newest first; None before the first."""
+        if not self._past:
+            return None
+        labels, rows = zip(*self._past, strict=True)
+        return torch.cat(labels), torch.cat(rows)
+
+    def remember(self, labels_N: Tensor, rows_ND: Tensor) -> None:
+        """Take a batch, and let go of the oldest where there are B."""
         self._past.appendleft((labels_N, rows_ND.detach().clone()))
-        return labels_K, rows_KD
 
     def state(self) -> dict[str, Tensor]:
         """Return labels [B, N] and rows [B, N, D] as CPU tensors, the newest batch first; empty ones without any."""

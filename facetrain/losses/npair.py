@@ -48,12 +48,15 @@ class NPairLoss(Loss):
         # Over all ranks; each ends with all N negatives and labels, in rank order.
         gather = gather or self.start_gather(anchors_nD if config.name == "tuplet" else positives_nD)
         labels_N, negatives_ND = self.world.all_gather(labels_n), gather.finish()
-        if self._memory is not None:  # N columns become N times one more than the batches remembered
-            labels_N, negatives_ND = self._memory.extend(labels_N, negatives_ND)
+        past = None
+        if self._memory is not None:
+            past = self._memory.past()
+            self._memory.remember(labels_N, negatives_ND)
         if config.temperature is not None:
             anchors_nD = F.normalize(anchors_nD) / config.temperature
             positives_nD, negatives_ND = F.normalize(positives_nD), F.normalize(negatives_ND)
-        return self._sum(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N) / len(anchors_nD)
+            past = past and (past[0], F.normalize(past[1]))
+        return self._sum(anchors_nD, positives_nD, negatives_ND, labels_n, labels_N, past) / len(anchors_nD)
 
     def state(self) -> dict[str, Tensor]:
         """Return what the memory holds."""
@@ -65,7 +68,13 @@ class NPairLoss(Loss):
             self._memory.load(state, self.world.device)
 
     def _sum(
-        self, anchors_nD: Tensor, positives_nD: Tensor, negatives_ND: Tensor, labels_n: Tensor, labels_N: Tensor
+        self,
+        anchors_nD: Tensor,
+        positives_nD: Tensor,
+        negatives_ND: Tensor,
+        labels_n: Tensor,
+        labels_N: Tensor,
+        past: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Return the sum of the local pairs' losses."""
         tile_bytes = self.config.tile_bytes
@@ -83,6 +92,7 @@ class NPairLoss(Loss):
             labels_N,
             first=self.world.rank * len(anchors_nD),
             own_n=_own_scores(anchors_nD, positives_nD) if self.config.name == "tuplet" else None,
+            past=past,
             tile_bytes=tile_bytes,
         )
 
