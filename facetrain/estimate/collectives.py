@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from facetrain.config import Config
+from facetrain.config.loss import NPAIR_LOSSES
 from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.network import Network, padded_numel
 from facetrain.estimate.schedule import schedule_of
@@ -57,20 +58,32 @@ def step_collectives(config: Config, network: Network, world_size: int) -> Itera
     """
     if world_size == 1:
         return
-    N, D = config.train.global_pairs, network.embedding_dim
-    side = "anchors" if config.loss.name == "tuplet" else "positives"
-    yield Collective("embeddings", side, "all-gather", 4 * N * D, 1)
-    yield Collective("embeddings", "labels", "all-gather", 8 * N, 1)
-    if config.loss.symmetric:
-        yield Collective("embeddings", "columns: maxima, then sums", "all-reduce", 4 * N, 2)
-        yield Collective("embeddings", "gradient of columns", "all-gather", 4 * N, 1)
-    reduced_bytes = {"float32": 4, "bfloat16": 2}[config.loss.reduce_precision]
-    yield Collective("embeddings", f"gradient of {side}", "reduce-scatter", reduced_bytes * N * D, 1)
+    yield from _loss_collectives(config, network)
     if config.model.sync_batchnorm:
         yield from _batch_statistics(config, network, world_size)
     yield from _engine_collectives(config, network, world_size)
     if network.running_statistics:
         yield Collective("running statistics", "their mean", "all-reduce", 4 * network.running_statistics, 1)
+
+
+def _loss_collectives(config: Config, network: Network) -> Iterator[Collective]:
+    """Yield what a loss gathers, one side of the pairs or both, and what it sums over the classes of all ranks."""
+    N, D, loss = config.train.global_pairs, network.embedding_dim, config.loss
+    if loss.name in NPAIR_LOSSES:
+        side, faces = ("anchors" if loss.name == "tuplet" else "positives"), N
+    else:
+        side, faces = "both sides", 2 * N
+    yield Collective("embeddings", side, "all-gather", 4 * faces * D, 1)
+    yield Collective("embeddings", "labels", "all-gather", 8 * N, 1)
+    if loss.symmetric:
+        yield Collective("embeddings", "columns: maxima, then sums", "all-reduce", 4 * N, 2)
+        yield Collective("embeddings", "gradient of columns", "all-gather", 4 * N, 1)
+    if loss.has_classes:
+        # Own scores, maxima, sums; and Group Loss's maxima, own answers, and the sums of each normalisation twice.
+        sums = 3 + (2 + 2 * (1 + loss.group.iterations) if loss.name == "group" else 0)
+        yield Collective("class scores", "of faces: own, maxima, sums", "all-reduce", 4 * faces, sums)
+    reduced_bytes = {"float32": 4, "bfloat16": 2}[loss.reduce_precision]
+    yield Collective("embeddings", f"gradient of {side}", "reduce-scatter", reduced_bytes * faces * D, 1)
 
 
 def _batch_statistics(config: Config, network: Network, world_size: int) -> Iterator[Collective]:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from facetrain.config import Config
-from facetrain.estimate.network import LossWork, Network, Passes
+from facetrain.estimate.loss import LossWork
+from facetrain.estimate.network import Network, Passes
 from facetrain.estimate.schedule import Schedule
 
 _STATE_BYTES = {"sgd": 4, "adamw": 8}
@@ -46,6 +47,16 @@ def kept_memory(config: Config, network: Network, world_size: int) -> dict[str, 
     return kept | ({"optimizer's share of weights": 4 * share} if train.zero_stage > 0 else {})
 
 
+def kept_by_loss(config: Config, loss: LossWork) -> dict[str, int]:
+    """Return the bytes of what a loss keeps from step to step, where it does: class vectors, batches before."""
+    kept, train = {}, config.train
+    if loss.class_numel:
+        state = {"adamw": 8 * loss.class_numel + 4, "sgd": 4 * loss.class_numel if train.momentum > 0 else 0}
+        kept["class vectors"] = 4 * loss.class_numel
+        kept["their optimizer state"] = state[train.optimizer]
+    return kept | ({"batches before": loss.remembered_bytes} if loss.remembered_bytes else {})
+
+
 def step_memory(
     config: Config, network: Network, passes: Passes, loss: LossWork, schedule: Schedule, world_size: int
 ) -> dict[str, int]:
@@ -68,6 +79,7 @@ def step_memory(
     return {
         "gradients": gradients,
         **bucket,
+        **({"gradient of class vectors": 4 * loss.class_numel} if loss.class_numel else {}),
         **({"gathered weights": whole} if config.train.zero_stage == 3 else {}),
         "activations": in_backward,
         "loss or reduction beside them": max(0, in_loss - in_backward, whole - in_backward) + embeddings,

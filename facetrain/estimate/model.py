@@ -1,16 +1,17 @@
 """The estimate: memory of a GPU, seconds of a step by part, images a second and what bounds them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from facetrain.config import Config
-from facetrain.config.loss import NPAIR_LOSSES
 from facetrain.data.plan import pairs_per_rank
 from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.collectives import Collective, step_collectives
-from facetrain.estimate.memory import Memory, kept_memory, step_memory
+from facetrain.estimate.loss import measure_loss
+from facetrain.estimate.memory import Memory, kept_by_loss, kept_memory, step_memory
 from facetrain.estimate.mining import mining_work
-from facetrain.estimate.network import Network, measure_loss, measure_network, measure_passes
+from facetrain.estimate.network import Network, measure_network, measure_passes
 from facetrain.estimate.schedule import Schedule, schedule_of
 
 
@@ -61,22 +62,22 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
     Args:
         config: The run.
         cluster: The machines.
-        identities: Trained identities, which bound mining's candidates.
+        identities: Trained identities, which bound mining's candidates, and for which losses learn vectors.
 
     Raises:
         ValueError: The pairs can't be divided among the GPUs, or those of a GPU into chunks of `train.micro_pairs`; or
-            the work of the loss isn't known.
+            the loss is one of pytorch-metric-learning's, whose work isn't known.
     """
-    if config.loss.name not in NPAIR_LOSSES:
-        raise ValueError(f"loss.name: estimated are {', '.join(NPAIR_LOSSES)}, got '{config.loss.name}'")
-    if config.loss.memory_batches:
-        raise ValueError(f"loss.memory_batches: estimated is 0, got {config.loss.memory_batches}")
     W, train = cluster.world_size, config.train
     schedule = schedule_of(train, W)
     network = measure_network(config.model, config.data)
     passes = measure_passes(config.model, config.data, train.precision, images=schedule.images)
     loss = measure_loss(
-        config.loss, pairs=schedule.pairs, global_pairs=train.global_pairs, embedding_dim=network.embedding_dim
+        config.loss,
+        pairs=schedule.pairs,
+        global_pairs=train.global_pairs,
+        embedding_dim=network.embedding_dim,
+        classes=math.ceil(identities / W),
     )
     mining = mining_work(config, cluster, network, identities=identities)
     collectives = (*step_collectives(config, network, W), *mining.collectives)
@@ -84,7 +85,7 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
     seconds = {
         "network": schedule.forwards * forward_s + schedule.backwards * backward_s,
         "loss": loss.seconds(cluster),
-        "update": _update_seconds(config, cluster, network),
+        "update": _update_seconds(config, cluster, network, loss.class_numel),
         "mining": mining.seconds,
     }
     for collective in collectives:
@@ -100,7 +101,7 @@ def estimate(config: Config, cluster: Cluster, *, identities: int) -> Estimate:
         flops_per_image=float(passes.forward.flops.sum()) / passes.images,
         schedule=schedule,
         memory=Memory(
-            kept=kept_memory(config, network, W) | mining.kept,
+            kept=kept_memory(config, network, W) | kept_by_loss(config, loss) | mining.kept,
             in_step=step_memory(config, network, passes, loss, schedule, W),
             in_mining=mining.in_round,
         ),
@@ -121,13 +122,13 @@ def largest_fitting_micro_pairs(config: Config, cluster: Cluster, *, identities:
     return None
 
 
-def _update_seconds(config: Config, cluster: Cluster, network: Network) -> float:
+def _update_seconds(config: Config, cluster: Cluster, network: Network, class_numel: int) -> float:
     """Return the time of the optimizer: weight, gradient and state are read, weight and state written."""
     state = {"sgd": int(config.train.momentum > 0), "adamw": 2}[config.train.optimizer]
     numel = network.parameters
     if config.train.zero_stage > 0:
         numel = network.padded_parameters(cluster.world_size) // cluster.world_size
-    return 4 * numel * (3 + 2 * state) / (1e9 * cluster.gpu_gb_per_s)
+    return 4 * (numel + class_numel) * (3 + 2 * state) / (1e9 * cluster.gpu_gb_per_s)
 
 
 def _wait_seconds(config: Config, cluster: Cluster, images: int, *, busy_s: float) -> float:

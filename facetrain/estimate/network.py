@@ -1,21 +1,18 @@
-"""What the backbone and the loss of a config hold, compute and move on one GPU, counted from their own code."""
+"""What the backbone of a config holds, computes and moves on one GPU, counted from its own code."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from facetrain.batch import network_input
-from facetrain.config import DataConfig, LossConfig, ModelConfig
-from facetrain.estimate.cluster import Cluster
+from facetrain.config import DataConfig, ModelConfig
 from facetrain.estimate.counting import Work, WorkCounter, without_data
-from facetrain.losses.npair import NPairLoss
 from facetrain.models import Backbone, build_backbone
-from facetrain.world import World
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -118,76 +115,8 @@ def measure_embedding(model: ModelConfig, data: DataConfig, precision: Precision
     return counter.work()
 
 
-@dataclass(frozen=True)
-class LossWork:
-    """The loss on one GPU, forward and backward, given the embeddings; collectives are counted elsewhere.
-
-    Two tiles of rows and three are counted, or as many as there are; more lie on the straight line through them.
-    """
-
-    tiles: int
-    """Tiles that the logits are made in."""
-    two: Work
-    """With two tiles, or the one that there is."""
-    three: Work
-    """With three tiles, or as many as there are."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that lives at once: gathered embeddings, tiles, and gradients of all of them."""
-        return self.two.peak_bytes + max(0, self.tiles - 2) * (self.three.peak_bytes - self.two.peak_bytes)
-
-    def seconds(self, cluster: Cluster) -> float:
-        """Return the time on a GPU; the loss is float32 beside any network."""
-        two_s, three_s = (work.seconds(cluster, cluster.gpu_float32_tflops) for work in (self.two, self.three))
-        return two_s + max(0, self.tiles - 2) * (three_s - two_s)
-
-
-def measure_loss(config: LossConfig, *, pairs: int, global_pairs: int, embedding_dim: int) -> LossWork:
-    """Return the work of the loss of `pairs` local pairs among `global_pairs`."""
-    rows = max(1, config.tile_bytes // (4 * global_pairs))
-    two, three = (_count_loss(config, min(pairs, tiles * rows), global_pairs, embedding_dim) for tiles in (2, 3))
-    return LossWork(tiles=math.ceil(pairs / rows), two=two, three=three)
-
-
-@lru_cache
-def _count_loss(config: LossConfig, pairs: int, global_pairs: int, embedding_dim: int) -> Work:
-    with without_data():
-        embeddings_VnD = torch.empty(2, pairs, embedding_dim, requires_grad=True)
-        labels_n = torch.empty(pairs, dtype=torch.int64)
-        loss = NPairLoss(config, _OneOfMany(others=global_pairs - pairs))
-        counter = WorkCounter()
-        with counter:
-            value = loss(embeddings_VnD[0], embeddings_VnD[1], labels_n)
-            torch.autograd.grad(value.total, embeddings_VnD)
-    return counter.work()
-
-
-@dataclass(frozen=True)
-class _OneOfMany(World):
-    """A rank among others that hold `others` rows in all, and send nothing."""
-
-    others: int = field(kw_only=True)
-
-    def all_gather(self, x_local: Tensor) -> Tensor:
-        return torch.cat([x_local, x_local.new_empty(self.others, *x_local.shape[1:])]) if self.others else x_local
-
-    def start_gather_with_grad(self, x_local: Tensor, *, reduce_dtype: torch.dtype | None = None) -> Any:
-        return _Gathered(self.all_gather(x_local))
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    rows: Tensor
-
-    def finish(self) -> Tensor:
-        return self.rows
-
-
 def _build(model: ModelConfig, data: DataConfig) -> Backbone:
-    # Weights from a file change no size, and would have to be read.
-    model = replace(model, imagenet_weights=None, init_from=None)
-    return build_backbone(model, channels=data.channels, image_px=data.image_px)
+    return build_backbone(model, channels=data.channels, image_px=data.image_px, with_values=False)
 
 
 def _forward(backbone: nn.Module, data: DataConfig, precision: Precision, images: int) -> Tensor:

@@ -43,5 +43,6 @@ class BatchMemory:
         """
         if not {"labels", "rows"} <= state.keys():
             raise ValueError(f"expected a memory of labels and rows, got {sorted(state)}")
-        batches = zip(state["labels"].to(device), state["rows"].to(device), strict=True)
-        self._past.extend(pair for pair in batches if len(pair[0]))
+        for labels, rows in zip(state["labels"], state["rows"], strict=True):
+            if len(labels):  # copied, so that each batch is let go of by itself
+                self._past.append((labels.to(device, copy=True), rows.to(device, copy=True)))

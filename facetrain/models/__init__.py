@@ -43,7 +43,7 @@ class Backbone(nn.Module):
         return self.head(self.trunk(images))  # type: ignore[no-any-return]
 
 
-def build_backbone(config: ModelConfig, *, channels: int, image_px: int) -> Backbone:
+def build_backbone(config: ModelConfig, *, channels: int, image_px: int, with_values: bool = True) -> Backbone:
     """Make the network that `model.name` names, with fresh weights or those of `model.imagenet_weights`.
 
     `model.init_from` and `model.sync_batchnorm` are not acted on here.
@@ -52,14 +52,17 @@ def build_backbone(config: ModelConfig, *, channels: int, image_px: int) -> Back
         config: The section `model`.
         channels: Channels of the input, 1 or 3.
         image_px: Side of the input in pixels; iResNet alone depends on it.
+        with_values: False reads no file, and looks at no number that it draws: for tensors that have no data.
 
     Raises:
         ValueError: The name is unknown, or the network can't have the channels, the normalisation or the weights.
     """
-    return Backbone(_build_trunk(config, channels, image_px), config.embedding_dim)
+    return Backbone(_build_trunk(config, channels, image_px, with_values), config.embedding_dim)
 
 
-def _build_trunk(config: ModelConfig, channels: int, image_px: int) -> "CasiaNet | IResNet | TorchvisionBackbone":
+def _build_trunk(
+    config: ModelConfig, channels: int, image_px: int, with_values: bool
+) -> "CasiaNet | IResNet | TorchvisionBackbone":
     name = config.name
     if name == "casianet":
         return CasiaNet(channels=channels, norm=config.norm)
@@ -76,5 +79,5 @@ def _build_trunk(config: ModelConfig, channels: int, image_px: int) -> "CasiaNet
     # Here, because torchvision takes a second to import and no other backbone needs it.
     from facetrain.models.torchvision_backbone import TorchvisionBackbone
 
-    weights = None if config.imagenet_weights is None else Path(config.imagenet_weights)
-    return TorchvisionBackbone(name.removeprefix("torchvision:"), imagenet_weights=weights)
+    weights = None if config.imagenet_weights is None or not with_values else Path(config.imagenet_weights)
+    return TorchvisionBackbone(name.removeprefix("torchvision:"), imagenet_weights=weights, drawn=with_values)

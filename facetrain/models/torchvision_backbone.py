@@ -36,19 +36,20 @@ class TorchvisionBackbone(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, name: str, *, imagenet_weights: Path | None = None) -> None:
+    def __init__(self, name: str, *, imagenet_weights: Path | None = None, drawn: bool = True) -> None:
         """Make the network, with fresh weights or with those of a file.
 
         Args:
             name: torchvision's name of the network, for example 'googlenet' or 'resnet50'.
             imagenet_weights: torchvision's weights, a .pth or .safetensors file; the classifier's are ignored.
+            drawn: False leaves out GoogLeNet's and Inception's own initialisation, which looks at what it draws.
 
         Raises:
             ValueError: torchvision has no such network, its classifier is not of a known form, or the file is missing,
                 can't be read or isn't of this network.
         """
         super().__init__()
-        self.network = _build_network(name)
+        self.network = _build_network(name, drawn)
         classifier = _last_linear(self.network, name)
         self.embedding_dim = int(self.network.get_parameter(f"{classifier}.weight").shape[1])
         parent, _, attribute = classifier.rpartition(".")
@@ -69,14 +70,14 @@ class TorchvisionBackbone(nn.Module):
         return self.network(images * self.scale + self.shift)  # type: ignore[no-any-return]
 
 
-def _build_network(name: str) -> nn.Module:
+def _build_network(name: str, drawn: bool) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(
             f"model.name: torchvision has no network '{name}', expected one such as googlenet, resnet18, resnet34,"
             " resnet50, resnet101, resnet152"
         )
-    arguments = {"aux_logits": False, "init_weights": True} if name in _OWN_RANGE else {}
+    arguments = {"aux_logits": False, "init_weights": drawn} if name in _OWN_RANGE else {}
     return torchvision.models.get_model(name, weights=None, **arguments)  # type: ignore[no-any-return]
 
 

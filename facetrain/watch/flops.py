@@ -1,7 +1,6 @@
 """Floating-point operations: how many the network's training takes, and how many a second the device can do."""
 
 import time
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -23,9 +22,7 @@ def training_flops_per_image(model: ModelConfig, data: DataConfig) -> float:
     """
     images = 2  # BatchNorm wants more than one
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        backbone = build_backbone(
-            replace(model, imagenet_weights=None, init_from=None), channels=data.channels, image_px=data.image_px
-        )
+        backbone = build_backbone(model, channels=data.channels, image_px=data.image_px, with_values=False)
         backbone.train()(torch.empty(images, data.channels, data.image_px, data.image_px)).sum().backward()
     return float(counter.get_total_flops()) / images
 

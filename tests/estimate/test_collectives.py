@@ -18,7 +18,7 @@ from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.collectives import Collective, step_collectives
 from facetrain.estimate.mining import mining_work
 from facetrain.estimate.network import measure_network
-from facetrain.losses.npair import NPairLoss
+from facetrain.losses.build import build_loss
 from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.gathered import mine_round
 from facetrain.mining.quota import mine_quota_round, spread_identities
@@ -54,6 +54,13 @@ LOSSES = {
     "both ways, cosines": config_of(loss=LossConfig(symmetric=True, temperature=0.1)),
     "gradients in bfloat16": config_of(loss=LossConfig(reduce_precision="bfloat16")),
     "positives first": config_of(norm="none", overlap=True),
+    "batches before": config_of(loss=LossConfig(memory_batches=2)),
+    "both sides": config_of(loss=LossConfig(name="angular")),
+    "both sides and N-pair": config_of(loss=LossConfig(name="npair-angular", reduce_precision="bfloat16")),
+    "classes": config_of(loss=LossConfig(name="softmax")),
+    "classes, cosines": config_of(loss=LossConfig(name="arcface"), zero_stage=1, micro_pairs=2),
+    "proxies": config_of(loss=LossConfig(name="proxy-nca")),
+    "classes, refined": config_of(loss=LossConfig(name="group")),
     "statistics of all ranks": config_of(sync_batchnorm=True),
     "statistics of all ranks, in chunks": config_of(sync_batchnorm=True, micro_pairs=2),
 }
@@ -71,7 +78,7 @@ def traffic_of_a_step(world, config):
     if config.model.sync_batchnorm:
         backbone = convert_sync_batchnorm(backbone, world)
     engine = Engine(backbone, config.train, world, pairs_per_rank=pairs)
-    loss = NPairLoss(config.loss, world)
+    loss = build_loss(config.loss, config.train, world, identities=np.arange(PAIRS), embedding_dim=24, seed=0)
     images = torch.randint(0, 256, (2, pairs, IMAGE_PX, IMAGE_PX, 1), dtype=torch.uint8)
     batch = PairBatch(step=0, images_VnHWC=images, labels_n=torch.arange(pairs) + world.rank * pairs)
     train_step(engine, loss, batch, learning_rate=0.01)

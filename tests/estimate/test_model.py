@@ -9,8 +9,7 @@ from commands import CONFIG, CONFIGS
 
 from facetrain.cli import main
 from facetrain.command_line import load_config
-from facetrain.config import Config, DataConfig, MiningConfig, ModelConfig, TrainConfig
-from facetrain.config.loss import NPAIR_LOSSES
+from facetrain.config import Config, DataConfig, LossConfig, MiningConfig, ModelConfig, TrainConfig
 from facetrain.estimate.cluster import Cluster
 from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
 
@@ -26,13 +25,19 @@ def with_train(config: Config, **changes) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
-def test_every_shipped_config_with_an_npair_loss_can_be_estimated() -> None:
-    configs = [config for config in map(load_config, CONFIGS) if config.loss.name in NPAIR_LOSSES]
-    assert len(configs) > 3
-    for config in configs:
-        found = estimate(config, Cluster(gpus_per_node=4), identities=10_000)
+def test_every_shipped_config_can_be_estimated() -> None:
+    for config in map(load_config, CONFIGS):
+        found = estimate(config, Cluster(gpus_per_node=2), identities=10_000)
         assert found.images_per_s > 0
         assert found.seconds[found.bottleneck] == max(found.seconds.values())
+
+
+def test_more_gpus_share_the_class_vectors_and_a_library_is_not_estimated() -> None:
+    softmax = dataclasses.replace(SMALL, loss=LossConfig(name="softmax"), mining=MiningConfig())
+    one, eight = (estimate(softmax, Cluster(gpus_per_node=W), identities=80_000).memory for W in (1, 8))
+    assert one.kept["class vectors"] == 4 * 80_000 * 320 == 8 * eight.kept["class vectors"]
+    with pytest.raises(ValueError, match=r"^loss\.name: estimated are .* 'triplet'"):
+        estimate(dataclasses.replace(softmax, loss=LossConfig(name="triplet")), Cluster(), identities=80_000)
 
 
 def test_slow_links_make_the_exchange_the_bottleneck_and_slow_decoders_the_images() -> None:
@@ -100,7 +105,7 @@ def test_the_command_prints_one_screen_and_writes_all_of_it(tmp_path: Path, caps
         (["--link-gb-per-s", "-1"], ["--link-gb-per-s", "-1"]),
         (["--nodez", "2"], ["nodez"]),
         (["--train.global_pairs", "30"], ["train.global_pairs", "30", "8"]),
-        (["--loss.name", "softmax"], ["loss.name", "npair-mc", "softmax"]),
+        (["--loss.name", "lifted"], ["loss.name", "pytorch-metric-learning", "lifted"]),
         (["--train.micro_pairs", "3"], ["train.micro_pairs", "16", "3"]),
     ],
 )
