@@ -15,7 +15,7 @@ import torch
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))  # one after another: they share ports and daemons
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))  # a file's one after another: they share servers
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 

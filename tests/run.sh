@@ -24,6 +24,6 @@ run ruff check .
 run mypy
 run lint-imports
 [[ ${#failed[@]} == 0 ]] || printf '\nfailed so far: %s\n' "$(IFS=, && echo "${failed[*]}")"
-# Last, so that the output ends with its summary.
-run python3 -m pytest --numprocesses auto --dist loadgroup "${marks[@]}" "$@"
+# Last, so that the output ends with its summary. One more at a time than there are cores, since many wait for processes.
+run python3 -m pytest --numprocesses $(($(nproc) + 1)) --dist loadgroup "${marks[@]}" "$@"
 exit $((${#failed[@]} > 0))

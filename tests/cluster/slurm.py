@@ -105,12 +105,14 @@ class Slurm:
             assert time.monotonic() < give_up_at, done.stdout + done.stderr
             time.sleep(0.2)
 
-    def start_again(self, job: str) -> None:
-        """Let a requeued job start, which SLURM lets wait for two minutes, and wait until it has."""
+    def start_again(self, job: str, *, after_s: int = 2) -> None:
+        """Let a requeued job start, which SLURM lets wait for two minutes, and wait until it has.
+
+        Not in the second of its end: nodes then take the new start for the one that was revoked, and refuse it.
+        """
         self.wait(job, "PENDING")
         self.wait_for_nodes()
-        # Not in the second of its end: nodes then take the new start for the one that was revoked, and refuse it.
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
+        self.run("scontrol", "update", f"jobid={job}", f"StartTime=now+{after_s}")
         self.wait(job, "RUNNING", "COMPLETED", "FAILED")
 
 

@@ -121,5 +121,6 @@ def test_a_job_whose_node_dies_goes_on_when_there_is_another(slurm, synthetic, s
     slurm.kill_node("n2")
     slurm.wait(job, "PENDING")
     slurm.start_node("n2")
-    slurm.start_again(job)
+    # SLURM tells the node a minute later what it couldn't tell it before: to end this job.
+    slurm.start_again(job, after_s=65)
     assert_comes_through(slurm, job, log, run_dir, straight)
