@@ -23,8 +23,6 @@ from facetrain.losses.loss import Loss
 from facetrain.losses.npair import NPairLoss
 from facetrain.world import World
 
-ANGULAR_LOSSES = ("angular", "npair-angular")
-
 
 @dataclass(frozen=True)
 class LossWork:
@@ -108,11 +106,11 @@ def _count_loss(config: LossConfig, *, pairs: int, global_pairs: int, embedding_
 def _build(config: LossConfig, world: World, classes: int, embedding_dim: int) -> Loss:
     if config.name in NPAIR_LOSSES:
         return NPairLoss(config, world)
-    if config.name in ANGULAR_LOSSES:
+    if config.name in ("angular", "npair-angular"):
         return AngularLoss(config, world)
     if not config.has_classes:
         raise ValueError(
-            f"loss.name: estimated are all but those of pytorch-metric-learning, whose work depends on the"
+            "loss.name: estimated are all but those of pytorch-metric-learning, whose work depends on the"
             f" embeddings; got '{config.name}'"
         )
     vectors = _VectorsWithoutData(classes, embedding_dim)
