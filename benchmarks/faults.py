@@ -11,6 +11,7 @@ The faults are those of tests/cluster/faults.py, which the tests run too.
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -19,11 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import psutil
 from cluster.faults import FAULTS
 from cluster.measure import Bench
 from cluster.training import Training
 from mlflow_server import free_port
 from proxy import TcpProxy
+
+PAIRS = 8
+"""Of runs without and with MLflow, for `--slowdown`."""
 
 
 def main() -> None:
@@ -70,21 +75,50 @@ def shards_in(folder: Path) -> Path:
 
 
 def slowdown(bench: Bench) -> str:
-    """Time the steps of runs without MLflow and with one that hangs, in turns: 300 steps each, without the first 20."""
-    seconds: dict[str, list[float]] = {"none": [], "mlflow": []}
+    """Time the steps of runs without MLflow and with one that hangs: pairs of 150 steps, without the first 20.
+
+    Runs of one kind differ by some percent among themselves, so each pair gives a ratio, and their median and standard
+    error count. Beside it stands the processor time of all threads but the training one, which bounds what they can
+    take from it.
+    """
+    ratios: list[float] = []
+    shares: dict[str, list[float]] = {"none": [], "mlflow": []}
     with TcpProxy(free_port()) as proxy:
         proxy.mode = "stall"
         env = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{proxy.port}"}
-        for turn, backend in enumerate(("none", "mlflow", "none", "mlflow", "none", "mlflow")):
-            settings = bench.settings(f"{turn}_{backend}", tracking__backend=backend, train__steps=300)
-            shutil.rmtree(settings["run.dir"], ignore_errors=True)
-            with Training(settings, env=env) as training:
-                assert training.wait_until_ended() == [0], training.said()
-            rows = [json.loads(line) for line in (training.run_dir / "metrics.jsonl").read_text().splitlines()]
-            seconds[backend].append(statistics.median(row["train/step_s"] for row in rows[20:]))
-            print(f"tracking.backend={backend}: {seconds[backend][-1] * 1e3:.3f} ms a step", flush=True)
-    without, hanging = (statistics.median(values) for values in seconds.values())
-    return f"a step takes {hanging / without - 1:+.2%} while MLflow hangs (medians of {len(seconds['none'])} runs)"
+        for pair in range(PAIRS):
+            seconds = {}
+            for backend in ("none", "mlflow") if pair % 2 else ("mlflow", "none"):
+                seconds[backend], share = step_seconds(bench, f"{pair}_{backend}", backend, env)
+                shares[backend].append(share)
+                print(f"tracking.backend={backend}: {seconds[backend] * 1e3:.3f} ms a step", flush=True)
+            ratios.append(seconds["mlflow"] / seconds["none"] - 1)
+    error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return (
+        f"a step takes {statistics.median(ratios):+.2%} while MLflow hangs (median of {PAIRS} pairs, standard error "
+        f"{error:.2%}); all threads but the training one take {statistics.median(shares['mlflow']):.2%} of its time, "
+        f"{statistics.median(shares['none']):.2%} without MLflow"
+    )
+
+
+def step_seconds(bench: Bench, name: str, backend: str, env: dict[str, str]) -> tuple[float, float]:
+    """Return the median seconds of a step of a run, and the processor time of its other threads beside training's."""
+    settings = bench.settings(name, tracking__backend=backend, train__steps=150)
+    shutil.rmtree(settings["run.dir"], ignore_errors=True)
+    with Training(settings, env=env) as training:
+        training.wait_for_step(20)
+        before = thread_seconds(training.worker())
+        training.wait_for_step(140)
+        used = thread_seconds(training.worker())
+        assert training.wait_until_ended() == [0], training.said()
+    main, *others = (used[thread] - before.get(thread, 0.0) for thread in sorted(used))
+    rows = [json.loads(line) for line in (training.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(row["train/step_s"] for row in rows[20:]), sum(others) / main
+
+
+def thread_seconds(process: psutil.Process) -> dict[int, float]:
+    """Return the processor time of each thread; the first is the one that trains."""
+    return {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
 
 
 def table(rows: list[dict[str, object]]) -> list[str]:
