@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from facetrain.config import DataConfig
 from facetrain.data.align import FaceAligner
 from facetrain.data.decode import decode_face, present_face
+from facetrain.data.photograph import Photograph
 from facetrain.embed import BATCH_IMAGES
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models.onnx_backbone import OnnxInput
@@ -91,12 +92,11 @@ class Embedder:
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"{name}: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-            face = self.aligner.align_photograph(image, name) if self.aligner else image
-            return present_face(face, data)
+            return present_face(self.aligner.align(Photograph(image, name)) if self.aligner else image, data)
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
-        return (
-            present_face(self.aligner.align(content, name), data) if self.aligner else decode_face(content, data, name)
-        )
+        if self.aligner:
+            return present_face(self.aligner.align(Photograph(content, name)), data)
+        return decode_face(content, data, name)
 
 
 def _name(image: Image, number: int) -> str:

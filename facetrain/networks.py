@@ -13,6 +13,7 @@ from facetrain.checkpoint.weights import load_backbone
 from facetrain.config import DataConfig
 from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
 from facetrain.data.decode import decode_face, present_face
+from facetrain.data.photograph import Photograph
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.embed import BATCH_IMAGES, embed_images
 from facetrain.evaluation.inputs import unit_vectors
@@ -114,7 +115,7 @@ class Photographs(Generic[ImagesT]):
         name = self.faces.names[image]
         if self.aligner is None:
             return decode_face(self.faces.read(image), data, name)
-        return present_face(self.aligner.align(self.faces.read(image), name), data)
+        return present_face(self.aligner.align(Photograph(self.faces.read(image), name)), data)
 
     def not_aligned(self, world: World) -> tuple[str, ...] | None:
         """Return the images of all ranks whose face wasn't found."""

@@ -12,15 +12,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from facetrain.data.decode import decode_photograph
 from facetrain.data.manifest import ALIGNED_PX
+from facetrain.data.photograph import REDUCTIONS, Image, Photograph
 
-Image = NDArray[np.uint8]
-"""uint8 [H, W, 3], RGB."""
 Points = NDArray[np.float64]
 """float64 [5, 2], x and y in pixels."""
-FindPoints = Callable[[Image, str], Points | None]
-"""Image and its name -> the five points of its face; None where there is none."""
+FindPoints = Callable[[Photograph], Points | None]
+"""The five points of its face, in its full size; None where there is none."""
 
 MAX_DETECTION_PX = 640
 """Longer side of the picture in which YuNet looks for faces; a larger photograph is shrunk to it."""
@@ -49,28 +47,34 @@ class FaceAligner:
         """Names of the photographs whose centre was taken instead, sorted."""
         return tuple(sorted(self._not_found))
 
-    def align(self, data: bytes, name: str) -> Image:
-        """Return the aligned face of an image file, uint8 [112, 112, 3], RGB.
+    def align(self, photograph: Photograph) -> Image:
+        """Return the aligned face, uint8 [112, 112, 3], RGB.
 
         Raises:
-            ValueError: The bytes are no image.
+            ValueError: The photograph is no image.
         """
-        return self.align_photograph(decode_photograph(data, name), name)
-
-    def align_photograph(self, photograph: Image, name: str) -> Image:
-        """Return the aligned face of a decoded photograph, uint8 [112, 112, 3], RGB."""
-        points = self._find(photograph, name)
+        points = self._find(photograph)
         to_template = similarity(points) if points is not None else None
         if to_template is None:
-            self._not_found.add(name)
-            return centre_crop(photograph)
+            self._not_found.add(photograph.name)
+            return centre_crop(photograph.pixels())
         return align_face(photograph, to_template)
 
 
-def align_face(photograph: Image, to_template: NDArray[np.float64]) -> Image:
-    """Move a face to the template by the matrix of `similarity`; what lies outside of the photograph is black."""
+def align_face(photograph: Photograph, to_template: NDArray[np.float64]) -> Image:
+    """Move a face to the template by the matrix of `similarity`; what lies outside of the photograph is black.
+
+    A face of twice the template's size or more is taken from a reduced photograph, whose pixels are averages:
+    interpolating among single ones would alias.
+    """
+    scale = float(np.hypot(*to_template[:, 0]))
+    reduction = max((reduction for reduction in REDUCTIONS if reduction * scale <= 1), default=1)
+    image = photograph.pixels(reduction)
+    turn, shift = to_template[:, :2], to_template[:, 2:]
+    # The middle of a pixel is (p + 1/2) of its side from the corner, in either size.
+    reduced = np.hstack([turn * reduction, shift + turn.sum(axis=1, keepdims=True) * (reduction - 1) / 2])
     return cv2.warpAffine(  # type: ignore[return-value]
-        photograph, to_template, (ALIGNED_PX, ALIGNED_PX), flags=cv2.INTER_LINEAR, borderValue=0
+        image, reduced, (ALIGNED_PX, ALIGNED_PX), flags=cv2.INTER_LINEAR, borderValue=0
     )
 
 
@@ -119,7 +123,7 @@ def points_from_file(file: Path) -> FindPoints:
         points[key] = np.array(numbers).reshape(5, 2)
     if not points:
         raise ValueError(f"{file}: expected a name and five points a line, got an empty file")
-    return lambda _, name: points.get(_image_key(name))
+    return lambda photograph: points.get(_image_key(photograph.name))
 
 
 class YunetDetector:
@@ -139,17 +143,19 @@ class YunetDetector:
         logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # OpenCV 5 warns of a target that nobody chose
         try:
             self._network: Any = cv2.FaceDetectorYN.create(str(file), "", (320, 320), min_score)
-            self(np.zeros((320, 320, 3), np.uint8), "")
+            self(Photograph(np.zeros((320, 320, 3), np.uint8), ""))
         except (cv2.error, SystemError) as error:
             raise ValueError(f"{file}: not a YuNet face detector: {' '.join(str(error).split())}") from None
         finally:
             logging.setLogLevel(level)
 
-    def __call__(self, photograph: Image, name: str) -> Points | None:
+    def __call__(self, photograph: Photograph) -> Points | None:
         """Return the five points of the photograph's main face; None where there is none."""
-        picture = _shrunk(photograph)
+        reduction = photograph.reduction_to(MAX_DETECTION_PX)
+        reduced = photograph.pixels(reduction)
+        picture = _shrunk(reduced)
         height, width = picture.shape[:2]
-        scale = max(height, width) / max(photograph.shape[:2])
+        scale = max(height, width) / max(reduced.shape[:2]) / reduction
         self._network.setInputSize((width, height))
         _, faces = self._network.detect(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         if faces is None:
@@ -157,7 +163,7 @@ class YunetDetector:
         # Area less twice the squared distance from the middle, by which InsightFace chooses among faces.
         middle = faces[:, :2] + faces[:, 2:4] / 2 - np.array([width, height]) / 2
         main = faces[np.argmax(faces[:, 2] * faces[:, 3] - 2 * np.square(middle).sum(axis=1))]
-        return main[4:14].reshape(5, 2).astype(np.float64) / scale  # type: ignore[no-any-return]
+        return (main[4:14].reshape(5, 2).astype(np.float64) + 0.5) / scale - 0.5  # type: ignore[no-any-return]
 
 
 def _shrunk(photograph: Image) -> Any:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from facetrain.data.decode import decode_photograph
+from facetrain.data.decode import read_image
 from facetrain.data.shards import ShardSet
 
 CELL_PX = 96
@@ -59,7 +59,7 @@ def _block(shards: ShardSet, label: int) -> _Picture:
     _write(block, shards.table.names[label], 14)
     _write(block, f"{end - first} image{'s' if end > first + 1 else ''}", 29)
     for column, image in enumerate(range(first, first + num_faces)):
-        face = decode_photograph(shards.read(image), shards.where(image))
+        face = read_image(shards.read(image), cv2.IMREAD_COLOR_RGB, shards.where(image))
         left = column * (CELL_PX + _GAP_PX)
         small = cv2.resize(face, (CELL_PX, CELL_PX), interpolation=cv2.INTER_AREA)
         block[_CAPTION_PX : _CAPTION_PX + CELL_PX, left : left + CELL_PX] = small

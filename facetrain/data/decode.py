@@ -46,13 +46,19 @@ def decode_augmented(
     _present(_decode(data, config, name), config, change, out)
 
 
-def decode_photograph(data: bytes, name: str) -> npt.NDArray[np.uint8]:
-    """Decode an image file as it is, uint8 [H, W, 3], RGB.
+def read_image(data: bytes, flag: int, name: str) -> Any:
+    """Decode an image file as it is; `flag` is OpenCV's.
 
     Raises:
         ValueError: The bytes are no image.
     """
-    return _read_image(data, cv2.IMREAD_COLOR_RGB, name)  # type: ignore[no-any-return]
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    except cv2.error:  # an empty buffer, or an image beyond OpenCV's size limits; other bytes give None
+        image = None
+    if image is None:
+        raise ValueError(f"{name}: expected an image, got {len(data)} bytes that can't be decoded")
+    return image
 
 
 def present_face(face: npt.NDArray[np.uint8], config: DataConfig) -> npt.NDArray[np.uint8]:
@@ -80,7 +86,7 @@ def thumbnail(data: bytes, side_px: int, name: str) -> bytes:
     Raises:
         ValueError: The bytes are no image.
     """
-    square = _resized(_read_image(data, cv2.IMREAD_COLOR, name), side_px)
+    square = _resized(read_image(data, cv2.IMREAD_COLOR, name), side_px)
     return bytes(cv2.imencode(".jpg", square)[1].tobytes())
 
 
@@ -90,17 +96,7 @@ _UNCHANGED = Augmentation()
 def _decode(data: bytes, config: DataConfig, name: str) -> Any:
     """Return uint8 [shard_px, shard_px, 3], or [shard_px, shard_px] for grey, which JPEG decodes at once."""
     flag = cv2.IMREAD_COLOR_RGB if config.colour == "rgb" else cv2.IMREAD_GRAYSCALE
-    return _resized(_read_image(data, flag, name), config.shard_px)
-
-
-def _read_image(data: bytes, flag: int, name: str) -> Any:
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
-    except cv2.error:  # an empty buffer, or an image beyond OpenCV's size limits; other bytes give None
-        image = None
-    if image is None:
-        raise ValueError(f"{name}: expected an image, got {len(data)} bytes that can't be decoded")
-    return image
+    return _resized(read_image(data, flag, name), config.shard_px)
 
 
 def _presented(image: Any, config: DataConfig) -> npt.NDArray[np.uint8]:

@@ -6,11 +6,14 @@ import tempfile
 from typing import Any
 
 import cv2
-import numpy as np
 
 from facetrain.data.align import FindPoints, align_face, similarity
+from facetrain.data.decode import read_image
 from facetrain.data.image_header import JPEG_START, is_whole, stated_size
 from facetrain.data.manifest import PackSettings
+from facetrain.data.photograph import Photograph
+
+_NO_IMAGE = "can't be decoded as an image"
 
 
 def prepare_image(data: bytes, settings: PackSettings, find: FindPoints | None = None, name: str = "") -> bytes:
@@ -28,10 +31,11 @@ def prepare_image(data: bytes, settings: PackSettings, find: FindPoints | None =
     Raises:
         ValueError: The image can't be used; the message is the reason alone.
     """
-    image = _decoded(data, settings)
-    height, width = image.shape[:2]
+    _check(data, settings)
     if find is not None:
-        return _encoded(_aligned(image, find, name), settings)
+        return _encoded(_aligned(Photograph(data, name), find), settings)
+    image = _decoded(data)
+    height, width = image.shape[:2]
     if height == width == settings.image_px and data.startswith(JPEG_START):
         return data
     if settings.copy:
@@ -46,38 +50,43 @@ def prepare_image(data: bytes, settings: PackSettings, find: FindPoints | None =
     return _encoded(cv2.resize(square, wanted, interpolation=method), settings)
 
 
-def _decoded(data: bytes, settings: PackSettings) -> Any:
-    """Return uint8 [H, W, 3], BGR, of an image that is whole and neither too small nor too large."""
+def _check(data: bytes, settings: PackSettings) -> None:
+    """Refuse what is cut off, too small or too large by what it says of itself; nothing is decoded for that."""
     if not data:
         raise ValueError("empty file")
     if not is_whole(data):
         raise ValueError("truncated: the end of the image is missing")
-    # What it says of itself is looked at first: a small file can ask for gigabytes of memory.
+    # A small file can ask for gigabytes of memory; one that states no size would be decoded without a bound.
     width, height = stated_size(data) or (0, 0)
     if width * height > settings.max_pixels:
         raise ValueError(f"too large: {width}x{height} pixels, more than {settings.max_pixels:,} aren't decoded")
-    try:
-        # What states no size is in a form that isn't offered: it would be decoded without a bound.
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if width * height else None
-    except cv2.error:  # beyond OpenCV's limits of size
-        image = None
-    if image is None:
-        raise ValueError("can't be decoded as an image")
-    height, width = image.shape[:2]
+    if width * height == 0:
+        raise ValueError(_NO_IMAGE)
     if min(height, width) < settings.min_px:
         raise ValueError(f"too small: {width}x{height} pixels, the shorter side needs {settings.min_px}")
-    return image
 
 
-def _aligned(photograph: Any, find: FindPoints, name: str) -> Any:
-    """Move the face to the template; uint8 [112, 112, 3] of the photograph's colours."""
-    points = find(cv2.cvtColor(photograph, cv2.COLOR_BGR2RGB), name)
+def _decoded(data: bytes) -> Any:
+    """Return uint8 [H, W, 3], BGR."""
+    try:
+        return read_image(data, cv2.IMREAD_COLOR, "")
+    except ValueError:
+        raise ValueError(_NO_IMAGE) from None
+
+
+def _aligned(photograph: Photograph, find: FindPoints) -> Any:
+    """Move the face to the template; uint8 [112, 112, 3], BGR."""
+    try:
+        points = find(photograph)
+        to_template = similarity(points) if points is not None else None
+        face = align_face(photograph, to_template) if to_template is not None else None
+    except ValueError:
+        raise ValueError(_NO_IMAGE) from None
     if points is None:
         raise ValueError("not aligned: no five points, or no face, found for it")
-    to_template = similarity(points)
-    if to_template is None:
+    if face is None:
         raise ValueError("not aligned: its five points determine no position")
-    return align_face(photograph, to_template)
+    return cv2.cvtColor(face, cv2.COLOR_RGB2BGR)
 
 
 def _encoded(image: Any, settings: PackSettings) -> bytes:

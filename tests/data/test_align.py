@@ -13,14 +13,14 @@ from facetrain.data.align import (
     points_from_file,
     similarity,
 )
-from facetrain.data.decode import decode_photograph
+from facetrain.data.photograph import Photograph
 from facetrain.data.sources import FaceSource, open_faces
 
 LINE = "A/A_0001.jpg\t" + "\t".join(str(number) for point in TEMPLATE for number in point)
 
 
-def png(image: np.ndarray) -> bytes:
-    return bytes(cv2.imencode(".png", image)[1])
+def encoded(image: np.ndarray, kind: str = ".png") -> bytes:
+    return bytes(cv2.imencode(kind, image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])[1])
 
 
 @pytest.mark.parametrize(("angle", "scale"), [(0.0, 1.0), (0.4, 0.3), (-1.2, 2.5), (3.0, 1.0)])
@@ -47,7 +47,32 @@ def test_an_aligned_face_stays_as_it_is() -> None:
     image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
     matrix = similarity(TEMPLATE)
     assert matrix is not None
-    assert np.abs(align_face(image, matrix).astype(int) - image).max() <= 1
+    assert np.abs(align_face(Photograph(image, "A"), matrix).astype(int) - image).max() <= 1
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["pixels", ".jpg", ".png"])
+def test_a_large_face_is_taken_from_averages_at_the_same_place(kind: str, reduction: int) -> None:
+    rng = np.random.default_rng(0)
+    face = cv2.GaussianBlur(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8), (0, 0), 6)
+    face = cv2.normalize(face, None, 0, 255, cv2.NORM_MINMAX)
+    large = np.kron(face, np.ones((reduction, reduction, 1), np.uint8))
+    source = (
+        large if kind == "pixels" else bytes(cv2.imencode(kind, large[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])[1])
+    )
+    photograph = Photograph(source, "A")
+    to_template = similarity((TEMPLATE + 0.5) * reduction - 0.5)
+    assert to_template is not None
+    aligned = align_face(photograph, to_template)
+    assert photograph.pixels(reduction).shape == face.shape
+    assert np.abs(aligned.astype(int) - face).mean() < (2 if kind == ".jpg" else 0.5)  # a shift by a pixel gives 9
+
+
+def test_a_photograph_is_reduced_as_far_as_it_stays_large_enough() -> None:
+    sides_px = {640: 1, 1279: 1, 1280: 2, 2559: 2, 2560: 4, 5120: 8, 40_960: 8}
+    for side_px, reduction in sides_px.items():
+        assert Photograph(np.zeros((3, side_px, 3), np.uint8), "A").reduction_to(640) == reduction
+    assert Photograph(b"no image", "A").reduction_to(640) == 1
 
 
 def test_the_centre_crop_is_the_middle_of_the_photograph() -> None:
@@ -58,14 +83,14 @@ def test_the_centre_crop_is_the_middle_of_the_photograph() -> None:
 
 
 def test_a_face_that_is_not_found_is_counted_once() -> None:
-    aligner = FaceAligner(lambda _, name: None if name.startswith("C") else TEMPLATE)
-    photograph = png(np.full((250, 250, 3), 90, np.uint8))
-    assert aligner.align(photograph, "A/A_0001.jpg").shape == (112, 112, 3)
+    aligner = FaceAligner(lambda photograph: None if photograph.name.startswith("C") else TEMPLATE)
+    photograph = encoded(np.full((250, 250, 3), 90, np.uint8))
+    assert aligner.align(Photograph(photograph, "A/A_0001.jpg")).shape == (112, 112, 3)
     for name in ("C/C_0002.jpg", "C/C_0001.jpg", "C/C_0002.jpg"):
-        assert (aligner.align(photograph, name) == 90).all()
+        assert (aligner.align(Photograph(photograph, name)) == 90).all()
     assert aligner.not_found == ("C/C_0001.jpg", "C/C_0002.jpg")
     with pytest.raises(ValueError, match="D: expected an image, got 4 bytes"):
-        aligner.align(b"text", "D")
+        aligner.align(Photograph(b"text", "D"))
 
 
 def test_points_are_looked_up_whatever_the_suffix(tmp_path: Path) -> None:
@@ -73,10 +98,10 @@ def test_points_are_looked_up_whatever_the_suffix(tmp_path: Path) -> None:
     find = points_from_file(tmp_path / "points.txt")
     image = np.zeros((1, 1, 3), np.uint8)
     for name in ("A/A_0001.jpg", "A/A_0001.png", "lfw/A/A_0001"):
-        points = find(image, name)
+        points = find(Photograph(image, name))
         assert points is not None
         assert points == pytest.approx(TEMPLATE)
-    assert find(image, "B/A_0001.jpg") is None
+    assert find(Photograph(image, "B/A_0001.jpg")) is None
 
 
 @pytest.mark.parametrize(
@@ -119,8 +144,8 @@ def test_published_points_give_the_aligned_faces(face_data: Path, originals: Fac
     errors = []
     for image in range(0, 600, 4):
         name = originals.names[image]
-        expected = decode_photograph(aligned.read(aligned.names.index(name)), name)
-        errors.append(np.abs(aligner.align(originals.read(image), name).astype(float) - expected).mean())
+        expected = Photograph(aligned.read(aligned.names.index(name)), name).pixels()
+        errors.append(np.abs(aligner.align(Photograph(originals.read(image), name)).astype(float) - expected).mean())
     assert aligner.not_found == ()
     # What is left is the JPEG that the aligned faces went through: of 256 grey levels
     assert np.mean(errors) < 1.6
@@ -135,8 +160,8 @@ def test_yunet_finds_the_published_points(
     distances_px = []
     for image in range(0, 600, 6):
         name = originals.names[image]
-        photograph = decode_photograph(originals.read(image), name)
-        published, found = find(photograph, name), detect(photograph, name)
+        photograph = Photograph(originals.read(image), name)
+        published, found = find(photograph), detect(photograph)
         assert published is not None
         assert found is not None, name
         matrix, own = similarity(published), similarity(found)

@@ -13,6 +13,7 @@ from drawn_faces import drawn_image, encoded, write_faces
 from facetrain.data.align import TEMPLATE, points_from_file
 from facetrain.data.manifest import Manifest, PackSettings
 from facetrain.data.pack import pack
+from facetrain.data.photograph import Photograph
 from facetrain.data.prepare import prepare_image
 from facetrain.data.shards import ShardSet
 from facetrain.data.sources import open_faces
@@ -244,8 +245,9 @@ def test_a_large_photograph_gives_the_points_of_a_small_one(face_data: Path) -> 
     source = open_faces([face_data / "lfw_original_sample.tar"])
     detect = YunetDetector(face_data / "models" / "face_detection_yunet.onnx")
     photograph = cv2.imdecode(np.frombuffer(source.read(0), np.uint8), cv2.IMREAD_COLOR_RGB)
-    small, large = detect(photograph, ""), detect(cv2.resize(photograph, None, None, 6, 6), "")
-    published = points_from_file(face_data / "protocols" / "lfw_landmark.txt")(photograph, source.names[0])
+    enlarged = cv2.resize(photograph, None, None, 6, 6)
+    small, large = (detect(Photograph(image, source.names[0])) for image in (photograph, enlarged))
+    published = points_from_file(face_data / "protocols" / "lfw_landmark.txt")(Photograph(photograph, source.names[0]))
     assert small is not None
     assert large is not None
     assert published is not None
