@@ -6,7 +6,8 @@ r"""Every loss on the same shards, sampler, network, images seen and evaluation.
 
 First each method runs with each learning rate of one grid (`--grid-images`); then with the one that was best on
 held-out training identities, and is judged on LFW (`--images`); then the leaders by the same held-out figure run with
-two more seeds. LFW chooses nothing. A finished run appends a line to `--out`: called again, the script goes on where
+two more seeds. LFW chooses nothing. Last come short runs that time the steps, one after the other, for which the
+machine should have nothing else to do. A finished run appends a line to `--out`: called again, the script goes on where
 it stopped. At the end, and with `--show` at once, it prints the tables. docs/methods.md says what the methods are;
 `--methods` chooses some of them. `python docs/methods_figure.py methods.jsonl` draws the figures.
 """
@@ -29,6 +30,8 @@ from methods_quality import quality_over_steps
 CONFIG = Path(__file__).parent.parent / "configs" / "faces_cpu.yaml"
 RATES = (3e-4, 1e-3, 3e-3)
 CURVE_POINTS = 8
+TIMED_IMAGES = 6144
+"""Of a run that times steps: 32 of 96 pairs, as many as there are to a round of mining."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Run:
     """One training."""
 
     stage: str
-    """grid or final."""
+    """grid, final or timing."""
     method: str
     rate: float
     seed: int
@@ -147,6 +150,7 @@ def runs_to_do(args: argparse.Namespace) -> Iterator[Run]:
     for seed in (1, 2):
         for method in leaders:
             yield from unfinished([Run("final", method, best_rate(read(args.out), method, args), seed, args.images)])
+    yield from unfinished([Run("timing", method, args.rates[0], 0, TIMED_IMAGES) for method in trained])
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -165,6 +169,12 @@ def best_rate(records: list[dict[str, Any]], method: str, args: argparse.Namespa
     ]
     rate: float = max(of_method, key=lambda record: record["heldout"])["run"]["rate"]
     return rate
+
+
+def step_s_of(records: list[dict[str, Any]], method: str) -> float | None:
+    """Return the seconds of a step of the method's timing; None where it hasn't run."""
+    timed = [record for record in records if (record["run"]["stage"], record["run"]["method"]) == ("timing", method)]
+    return timed[-1]["step_s"] if timed else None
 
 
 def finals(records: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -264,8 +274,8 @@ def show(records: list[dict[str, Any]], args: argparse.Namespace) -> None:
     width = max(map(len, METHODS))
     print(" " * width, *(f"{name:>18}" for name in columns))
     for method, runs in found.items():
-        trained = both(method).pairs if runs[0]["step_s"] else None
-        epoch_s = f"{runs[0]['step_s'] * runs[0]['identities'] / trained:.1f}" if trained else "-"
+        step_s = step_s_of(records, method)
+        epoch_s = f"{step_s * runs[0]['identities'] / both(method).pairs:.1f}" if step_s else "-"
         last = [record["curve"][-1] for record in runs]
         cells = [str(len(runs)), f"{runs[0]['run']['rate']:g}"]
         cells += [spread([record[key] for record in runs]) for key in (*FIGURES, "heldout")]
