@@ -22,10 +22,13 @@ Kind = Literal["flat", "ivf", "hnsw"]
 
 GALLERY_FILE = "gallery.npz"
 _ARRAYS = (
-    *("kind", "network", "network_sha256", "names", "people", "embeddings", "pictures", "picture_ends", "index"),
+    *("kind", "network", "network_sha256", "is_aligned", "is_mirrored"),
+    *("names", "people", "embeddings", "pictures", "picture_ends", "index"),
 )
 _IMAGES_PER_PERSON = 10
 """Images that an approximate search looks for, for each person wanted: several of the best may be one person's."""
+
+_MOST_STRANGERS = 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,10 @@ class Gallery:
     """What embedded it; empty where embeddings were given."""
     network_sha256: str = ""
     """Checksum of its weights."""
+    is_aligned: bool = False
+    """Whether the latest images were aligned on the way."""
+    is_mirrored: bool = True
+    """Whether their embeddings have those of the mirrored images in them."""
     names: tuple[str, ...] = ()
     """[I], name of each image."""
     people: tuple[str, ...] = ()
@@ -83,6 +90,8 @@ class Gallery:
                 kind=kind,  # type: ignore[arg-type]
                 network=str(arrays["network"]),
                 network_sha256=str(arrays["network_sha256"]),
+                is_aligned=bool(arrays["is_aligned"]),
+                is_mirrored=bool(arrays["is_mirrored"]),
                 names=tuple(arrays["names"].tolist()),
                 people=tuple(arrays["people"].tolist()),
                 embeddings=arrays["embeddings"],
@@ -102,6 +111,8 @@ class Gallery:
                 kind=np.array(self.kind),
                 network=np.array(self.network),
                 network_sha256=np.array(self.network_sha256),
+                is_aligned=np.array(self.is_aligned),
+                is_mirrored=np.array(self.is_mirrored),
                 names=np.array(self.names, dtype=np.str_),
                 people=np.array(self.people, dtype=np.str_),
                 embeddings=self.embeddings,
@@ -213,6 +224,17 @@ class Gallery:
             distinct, first = np.unique(groups[query], return_index=True)
             best = np.sort(first[distinct >= 0])[:k]
             scores[query, : len(best)], persons[query, : len(best)] = values[query, best], groups[query, best]
+
+    def stranger_scores(self) -> NDArray[np.float32]:
+        """Return how alike its own images are to other people: what a stranger's best score here looks like.
+
+        Returns:
+            float32 [n], of n = min(I, 2000) images, evenly chosen: the best score among people who aren't theirs.
+        """
+        rows = np.unique(np.linspace(0, len(self.names) - 1, min(len(self.names), _MOST_STRANGERS)).astype(np.int64))
+        scores, persons = self.search(self.embeddings[rows], 2)
+        is_own = persons[:, 0] == self._group[rows]
+        return np.where(is_own, scores[:, 1], scores[:, 0])
 
     def best_image(self, query: NDArray[np.float32], person: int) -> int:
         """Return the row of a person's image that is most like a query, float32 [D]."""

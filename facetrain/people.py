@@ -1,7 +1,7 @@
 """Adding people to a gallery, and searching it for faces: what `facetrain index` and `facetrain search` do."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from facetrain.data.manifest import write_text
 from facetrain.data.sources import open_faces
 from facetrain.embed_files import list_unreadable, network_sha256
 from facetrain.evaluation.inputs import image_key, load_embeddings_npz, unit_vectors
-from facetrain.evaluation.threshold import threshold_from_results
+from facetrain.evaluation.threshold import at_far, threshold_from_results
 from facetrain.gallery import GALLERY_FILE, Gallery, Kind
 from facetrain.lock import hold_folder
 from facetrain.networks import EmbedOptions, Photographs, embed_readable, open_aligner, open_network
@@ -25,6 +25,8 @@ from facetrain.world import World
 
 PICTURE_PX = 112
 """Side of the pictures that a gallery keeps."""
+_GALLERY = "gallery"
+"""The protocol that takes a threshold from the gallery itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +51,36 @@ class Decision:
     results: Path | None = None
     """The results.json of that evaluation; None takes that of the run that embeds."""
     protocol: str | None = None
-    """Of that evaluation; None takes open-best-rowden, or else that of held-out people, or verification."""
+    """Of that evaluation, or `gallery`: the gallery's own images, each looked for among the other people.
 
-    def resolve(self, network: Path | None) -> tuple[float | None, str]:
+    None takes an open-set protocol of the evaluation; of a run that has none, the gallery.
+    """
+
+    def resolve(self, gallery: Gallery, network: Path | None) -> tuple[float | None, str]:
         """Return the threshold, None without a decision, and where it comes from.
 
         Raises:
-            ValueError: The evaluation has no such threshold.
+            ValueError: The evaluation, or the gallery, has no such threshold.
         """
         if self.far is None:
             return self.threshold, "scores alone" if self.threshold is None else f"threshold {self.threshold:.4f}"
-        if self.results is None and network is None:
-            raise ValueError("--far: expected --results, since these embeddings are of no known run")
-        file = self.results or (network or Path()) / "results.json"
-        threshold, protocol = threshold_from_results(file, self.far, self.protocol)
+        file = self.results or (network / "results.json" if network else None)
+        try:
+            if file is None or self.protocol == _GALLERY:
+                return self._of_gallery(gallery, self.far)
+            threshold, protocol = threshold_from_results(file, self.far, self.protocol)
+        except ValueError:
+            if self.results or self.protocol:
+                raise
+            return self._of_gallery(gallery, self.far)
         return threshold, f"threshold {threshold:.4f}, of {protocol} at FAR {self.far:g} in {file}"
+
+    @staticmethod
+    def _of_gallery(gallery: Gallery, far: float) -> tuple[float, str]:
+        if len(gallery.persons) < 2:
+            raise ValueError("--far: expected two people or more in the gallery to take a threshold from, got one")
+        threshold = at_far(gallery.stranger_scores(), far).threshold
+        return threshold, f"threshold {threshold:.4f}, of the gallery's own images among other people at FAR {far:g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,21 +113,29 @@ def update_gallery(
     Raises:
         ValueError: Something can't be used, or the gallery was made with other weights; the message names it.
     """
-    is_new = not (folder / GALLERY_FILE).is_file()
-    if is_new and not (faces.images or faces.embeddings):
+    if not (faces.images or faces.embeddings or (folder / GALLERY_FILE).is_file()):
         raise ValueError(f"{folder}: no gallery in it; expected --images or --embeddings for a new one")
     folder.mkdir(parents=True, exist_ok=True)
     with hold_folder(folder):
+        is_new = not (folder / GALLERY_FILE).is_file()
         gallery = Gallery(kind=kind or "flat") if is_new else Gallery.load(folder)
         if kind is not None and kind != gallery.kind:
             raise ValueError(f"--kind: {folder} is {gallery.kind}, got {kind}; make another gallery for that")
         gallery = gallery.without(remove)
         if faces.images or faces.embeddings:
             network = _network_of(gallery, faces)
+            if network and not is_new:
+                _warn_of_differences(gallery, options)
             found = _embed(faces, network, options, folder / "unreadable.txt", are_known=True, pictures=pictures)
             gallery = gallery.with_images(found.names, found.people, found.embeddings, found.pictures)
             if network:
-                gallery = replace(gallery, network=str(network.absolute()), network_sha256=network_sha256(network))
+                gallery = replace(
+                    gallery,
+                    network=str(network.absolute()),
+                    network_sha256=network_sha256(network),
+                    is_aligned=bool(options.detector or options.landmarks),
+                    is_mirrored=options.mirror,
+                )
         gallery.save(folder)
     say(f"{folder}: {len(gallery.names):,} images of {len(gallery.persons):,} people, {gallery.kind}")
 
@@ -134,7 +159,9 @@ def search_gallery(
     gallery = Gallery.load(folder)
     network = _network_of(gallery, faces)
     known_network = network or (Path(gallery.network) if gallery.network else None)
-    threshold, about = decision.resolve(known_network)
+    threshold, about = decision.resolve(gallery, known_network)
+    if network:
+        _warn_of_differences(gallery, options)
     if out:
         out.mkdir(parents=True, exist_ok=True)
     unreadable = out / "unreadable.txt" if out else None
@@ -149,6 +176,8 @@ def search_gallery(
         verdict = {True: "known    ", False: "unknown  ", None: ""}[row["is_known"]]
         say(f"{row['image']}  {verdict}{matches}")
     say(about)
+    if threshold is not None:
+        say(_counts(gallery, rows, threshold))
     if out:
         record = {"gallery": str(folder), "decision": about, "images": rows}
         write_text(out / "search.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -157,8 +186,18 @@ def search_gallery(
             for query, some in zip(found.embeddings, persons, strict=True)
         ]
         counts = f"{len(gallery.persons):,} people in {folder}; {about}"
+        counts += f"; {_counts(gallery, rows, threshold)}" if threshold is not None else ""
         write_text(out / "search.html", search_page(rows, found.pictures, best, counts))
         say(f"pictures  {out / 'search.html'}")
+
+
+def _counts(gallery: Gallery, rows: Sequence[Mapping[str, Any]], threshold: float) -> str:
+    """Say how many faces are known, and how many strangers the gallery would take for somebody."""
+    counts = f"{sum(row['is_known'] for row in rows):,} of {len(rows):,} faces are known"
+    if len(gallery.persons) < 2:
+        return counts
+    accepted = np.mean(gallery.stranger_scores() >= np.float64(threshold))
+    return f"{counts}; of the gallery's own images, looked for among the other people, {accepted:.1%} would be"
 
 
 def _row(
@@ -173,6 +212,15 @@ def _row(
     # Exact, as in evaluation: the threshold is the float32 score of an impostor.
     is_known = None if threshold is None else bool(len(matches) and scores[0] >= np.float64(threshold))
     return {"image": name, "is_known": is_known, "matches": matches}
+
+
+def _warn_of_differences(gallery: Gallery, options: EmbedOptions) -> None:
+    """Say where images are embedded in another way than the gallery's."""
+    if gallery.is_aligned and not (options.detector or options.landmarks):
+        say("warning: the gallery's photographs were aligned; without --detector these are taken as aligned faces")
+    if gallery.is_mirrored != options.mirror:
+        way = "with" if gallery.is_mirrored else "without"
+        say(f"warning: the gallery was made {way} mirrored images; see --no-mirror")
 
 
 def _network_of(gallery: Gallery, faces: Faces) -> Path | None:

@@ -8,6 +8,7 @@ from facetrain.evaluation.html_page import Html, box, page, picture, text
 
 MOST_SHOWN = 200
 """Faces on the page; search.json has all."""
+_VERDICTS = {True: ("known", "pair known"), False: ("unknown", "pair unknown"), None: ("searched for", "pair")}
 
 
 def search_page(
@@ -28,14 +29,14 @@ def search_page(
     if len(rows) > MOST_SHOWN:
         parts.append(text(f"The first {MOST_SHOWN} of {len(rows):,} faces; search.json has all.", css="quiet"))
     shown = zip(rows[:MOST_SHOWN], pictures, found, strict=False)
-    parts += [box("pairs", _cards(row, face, faces)) for row, face, faces in shown]
+    parts += [box("pairs found", _cards(row, face, faces)) for row, face, faces in shown]
     parts.append(text(f"facetrain {__version__}. Scores are cosine similarities.", "footer"))
     return page("Who is this?", parts)
 
 
 def _cards(row: Mapping[str, Any], face: bytes, faces: Sequence[bytes]) -> list[Html]:
-    verdict = {True: "known", False: "unknown", None: "searched for"}[row["is_known"]]
-    cards = [_card(face, verdict, row["image"])]
+    verdict, css = _VERDICTS[row["is_known"]]
+    cards = [_card(face, verdict, row["image"], css)]
     cards += [
         _card(data, f"score {match['score']:.4f}", match["person"])
         for match, data in zip(row["matches"], faces, strict=True)
@@ -43,6 +44,6 @@ def _cards(row: Mapping[str, Any], face: bytes, faces: Sequence[bytes]) -> list[
     return cards
 
 
-def _card(data: bytes, head: str, name: str) -> Html:
+def _card(data: bytes, head: str, name: str, css: str = "pair") -> Html:
     shown = [box("faces", [picture(data, "image/jpeg", name)])] if data else []
-    return box("pair", [*shown, text(head, css="score"), text(name)])
+    return box(css, [*shown, text(head, css="score"), text(name)])

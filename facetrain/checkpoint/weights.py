@@ -119,7 +119,7 @@ def _load_fitting(backbone: nn.Module, file: Path) -> tuple[list[str], int]:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a .safetensors file.
+    """Write a .safetensors file, for whom its folder is: safetensors leaves its files to their owner alone.
 
     Raises:
         OSError: The disk is full, or the file can't be written for another reason.
@@ -128,6 +128,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file)
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from None
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def read_tensors(load: Callable[[Path], dict[str, ArrayT]], file: Path) -> dict[str, ArrayT]:

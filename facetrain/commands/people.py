@@ -75,7 +75,10 @@ def search(argv: Sequence[str]) -> None:
     parser.add_argument("--far", type=float, help="instead: the threshold of this false accept rate in --results")
     parser.add_argument("--results", type=str, help="results.json of an evaluation; by default that of the run")
     parser.add_argument(
-        "--protocol", type=str, help="whose threshold; by default open-best-rowden, heldout, verification"
+        "--protocol",
+        type=str,
+        help="whose threshold; gallery: its own images among other people, and the default where the run's results "
+        "have no open-set protocol",
     )
     parser.add_argument("--out", type=str, help="folder for search.json and a page with pictures, search.html")
     args = parse_arguments(parser, argv)

@@ -5,7 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facetrain.data.decode import read_image
-from facetrain.data.image_header import stated_size
+from facetrain.data.image_header import JPEG_START, stated_size
 
 Image = NDArray[np.uint8]
 """uint8 [H, W, 3], RGB."""
@@ -52,7 +52,9 @@ class Photograph:
         return max((reduction for reduction in REDUCTIONS if max(size) >= reduction * side_px), default=1)
 
     def _reduced(self, reduction: int) -> Image:
-        if isinstance(self._source, np.ndarray):
-            return cv2.resize(self._source, None, None, 1 / reduction, 1 / reduction, cv2.INTER_AREA)  # type: ignore[return-value]
+        if reduction > 1 and not (isinstance(self._source, bytes) and self._source.startswith(JPEG_START)):
+            # OpenCV reduces other files by taking some of their pixels.
+            return cv2.resize(self.pixels(), None, None, 1 / reduction, 1 / reduction, cv2.INTER_AREA)  # type: ignore[return-value]
+        assert isinstance(self._source, bytes)  # pixels are there in full from the start
         image = read_image(self._source, _FLAGS[reduction], self.name)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, image)  # type: ignore[no-any-return]

@@ -116,6 +116,12 @@ th details p { white-space: normal; width: clamp(14rem, 40vw, 26rem); font-weigh
 .faces img { width: 100%; aspect-ratio: 1; object-fit: cover; display: block; border-radius: 0.25rem; }
 .pair p { margin: 0.3rem 0 0; font-size: 0.8rem; line-height: 1.35; }
 .pair .score { font-weight: 600; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+.found { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0.5rem; padding: 0.9rem 0;
+  border-top: 1px solid var(--line); }
+.found .faces { grid-template-columns: 1fr; }
+.known, .unknown { border-left: 0.3rem solid var(--accent); }
+.known .score { color: var(--accent); }
+.unknown { border-left-color: var(--quiet); border-left-style: dashed; }
 footer { margin-top: 3rem; }
 @media (max-width: 40rem) { th, td { padding: 0.4rem 0.5rem; } table { font-size: 0.85rem; } }
 """

@@ -13,6 +13,8 @@ FloatArray = NDArray[np.float32] | NDArray[np.float64]
 
 THRESHOLD_FARS: Mapping[str, float] = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3}
 """False accept rates whose thresholds stand in results, by the name they have in metric keys."""
+OPEN_SET_PROTOCOLS = ("open-best-rowden", "open-counts/all")
+"""Those whose false accepts are strangers who are taken for anybody of a gallery, as a search would; not pairs."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def threshold_from_results(file: Path, far: float, protocol: str | None = None) 
     Args:
         file: Written by an evaluation.
         far: One of THRESHOLD_FARS.
-        protocol: A key of the file; null takes the first of open-best-rowden, heldout and verification that has one.
+        protocol: A key of the file; null takes the first of OPEN_SET_PROTOCOLS that has one.
 
     Returns:
         The threshold, a cosine, and its protocol.
@@ -118,7 +120,7 @@ def threshold_from_results(file: Path, far: float, protocol: str | None = None) 
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: expected the results.json of an evaluation, with thresholds: {error}") from None
     wanted = next((name for name, rate in THRESHOLD_FARS.items() if math.isclose(rate, far)), "")
-    for name in [protocol] if protocol else ["open-best-rowden", "heldout", "verification"]:
+    for name in [protocol] if protocol else OPEN_SET_PROTOCOLS:
         if wanted in found.get(name, {}):
             return float(found[name][wanted]), name
     raise ValueError(f"{file}: no threshold for FAR {far:g}{f' of {protocol}' if protocol else ''}; there is: {there}")

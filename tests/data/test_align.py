@@ -68,6 +68,14 @@ def test_a_large_face_is_taken_from_averages_at_the_same_place(kind: str, reduct
     assert np.abs(aligned.astype(int) - face).mean() < (2 if kind == ".jpg" else 0.5)  # a shift by a pixel gives 9
 
 
+def test_a_reduced_png_is_of_averages_too() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    file = encoded(pixels, ".png")
+    for reduction in (1, 2, 4, 8):
+        expected = pixels.reshape(96 // reduction, reduction, 64 // reduction, reduction, 3).mean(axis=(1, 3))
+        assert np.abs(Photograph(file, "A").pixels(reduction) - expected).max() <= 0.5
+
+
 def test_a_photograph_is_reduced_as_far_as_it_stays_large_enough() -> None:
     sides_px = {640: 1, 1279: 1, 1280: 2, 2559: 2, 2560: 4, 5120: 8, 40_960: 8}
     for side_px, reduction in sides_px.items():

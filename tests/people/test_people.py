@@ -98,13 +98,50 @@ def test_what_cannot_be_done_is_said(
     assert message in capsys.readouterr().err
 
 
+def test_a_gallery_gives_a_threshold_where_no_evaluation_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 8))
+    rows[1::2] = rows[::2] + 0.1 * rng.normal(size=(20, 8))  # two images a person
+    names = np.array([f"{image // 2:02d}/{image}.jpg" for image in range(40)])
+    np.savez(tmp_path / "e.npz", names=names, embeddings=rows.astype(np.float32))
+    run_main("index", tmp_path / "g", "--embeddings", tmp_path / "e.npz")
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    scores = unit @ unit.T
+    scores[np.arange(40)[:, None] // 2 == np.arange(40) // 2] = -1
+    expected = np.sort(scores.max(axis=1))[-4]  # of 40 images, at FAR 0.1
+    share = np.mean(scores.max(axis=1) > expected - 1e-6)  # two images that are each other's best tie
+    capsys.readouterr()
+    for words in ((), ("--protocol", "gallery")):
+        run_main("search", tmp_path / "g", "--embeddings", tmp_path / "e.npz", "--far", "0.1", *words)
+        printed = capsys.readouterr().out
+        assert f"threshold {expected:.4f}, of the gallery's own images among other people at FAR 0.1" in printed
+        assert "40 of 40 faces are known" in printed
+        assert f"looked for among the other people, {share:.1%} would be" in printed
+
+
+def test_a_search_unlike_the_gallery_is_warned_of(
+    synthetic: Path, run: Path, face_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector = face_data / "models" / "face_detection_yunet.onnx"
+    first = sorted((synthetic / "faces" / "heldout").iterdir())[0]
+    words = ("--images", first.parent, "--detector", detector, "--device", "cpu")
+    run_main("index", tmp_path / "g", "--checkpoint", run, *words)
+    run_main("search", tmp_path / "g", "--images", first, "--device", "cpu", "--no-mirror")
+    printed = capsys.readouterr().out
+    assert "warning: the gallery's photographs were aligned; without --detector" in printed
+    assert "warning: the gallery was made with mirrored images" in printed
+
+
 def test_a_far_that_was_not_evaluated_is_refused_with_those_that_were(tmp_path: Path) -> None:
     from facetrain.evaluation.threshold import threshold_from_results
 
     file = tmp_path / "results.json"
-    file.write_text(json.dumps({"thresholds": {"verification": {"1e-3": 0.5}}}))
-    assert threshold_from_results(file, 0.001) == (0.5, "verification")
-    with pytest.raises(ValueError, match="there is: verification at FAR 1e-3"):
+    file.write_text(json.dumps({"thresholds": {"verification": {"1e-3": 0.5}, "open-counts/all": {"1e-3": 0.7}}}))
+    assert threshold_from_results(file, 0.001) == (0.7, "open-counts/all")
+    assert threshold_from_results(file, 0.001, "verification") == (0.5, "verification")
+    with pytest.raises(ValueError, match="there is: verification at FAR 1e-3, open-counts/all at FAR 1e-3"):
         threshold_from_results(file, 0.01)
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"expected the results\.json"):
