@@ -79,7 +79,7 @@ PYTHON
 cat <<TEXT
 
 run       quickstart/run       run this script again: it goes on where it stopped, or is done at once
-figures   quickstart/run/figures${lfw:+
+report    quickstart/run/report.html${lfw:+
 LFW       quickstart/lfw}
 MLflow    $(command -v mlflow) ui --backend-store-uri $MLFLOW_TRACKING_URI
 TEXT

@@ -103,7 +103,7 @@ READERS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {
     ),
     "results": (
         "r.json",
-        b'{"thresholds": {"verification": {"1e-2": 0.5}}}',
+        b'{"thresholds": {"open-counts/all": {"1e-2": 0.5}}}',
         lambda f: threshold_from_results(f, 0.01),
     ),
 }

@@ -69,7 +69,7 @@ class Plan:
                 )
             raise ValueError(
                 f"train.global_pairs: expected at most the {len(identities)} identities that are trained on,"
-                f" since each stands once in a batch, got {global_pairs}"
+                f" since each stands once in a batch, got {global_pairs}; lower it"
             )
         self.images_per_identity = images_per_identity
         self.table = table
