@@ -132,7 +132,7 @@ def test_a_dry_run_prints_the_script_of_the_job(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     template = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
     added = [line for line in done.stdout.splitlines() if line not in template]
-    directives = ["--nodes=2", "--gpus-per-node=4", "--partition=gpu", "--time=1:00:00"]
+    directives = ["--nodes=2", "--gpus-per-node=4", "--cpus-per-task=20", "--partition=gpu", "--time=1:00:00"]
     root, arguments = f"FACETRAIN_ROOT={ROOT}", f"set -- --config {CONFIG} --run.dir 'my run'"
     assert added == [*(f"#SBATCH {directive}" for directive in directives), root, arguments]
     assert [line for line in template if line not in done.stdout.splitlines()] == []

@@ -31,6 +31,9 @@ def launch(argv: Sequence[str]) -> None:
     parser.add_argument("--config", type=str, required=True, help="YAML file of the training's settings")
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs and processes of each; without it one process on CPUs")
+    parser.add_argument(
+        "--cpus-per-node", type=int, help="cores; with GPUs, by default one and data.workers more for each of them"
+    )
     parser.add_argument("--partition", type=str, help="SLURM's partition; its default if not given")
     parser.add_argument("--time", type=str, help="time limit, such as 24:00:00; after it the job is queued again")
     parser.add_argument("--account", type=str, help="SLURM's account")
@@ -39,7 +42,7 @@ def launch(argv: Sequence[str]) -> None:
     words = list(argv)
     at = words.index("--") if "--" in words else len(words)
     args, settings = parse_arguments(parser, words[:at]), words[at + 1 :]
-    for name in ("nodes", "gpus_per_node"):
+    for name in ("nodes", "gpus_per_node", "cpus_per_node"):
         if args[name] is not None and args[name] < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, got {args[name]}")
     config = parse_config(["--config", args.config, *settings], prog="facetrain train")
@@ -47,9 +50,11 @@ def launch(argv: Sequence[str]) -> None:
     from facetrain.slurm import job_script, submit
 
     pairs_per_rank(config.train.global_pairs, args.nodes * (args.gpus_per_node or 1))
+    cores = args.cpus_per_node or (args.gpus_per_node or 0) * (1 + config.data.workers) or None
     options = {
         "nodes": args.nodes,
         "gpus-per-node": args.gpus_per_node,
+        "cpus-per-task": cores,  # a task is a node's torchrun; SLURM would give it one core
         "partition": args.partition,
         "time": args.time,
         "account": args.account,
