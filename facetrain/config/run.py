@@ -23,7 +23,7 @@ class RunConfig:
     rendezvous_timeout_s: float = 600.0
     """Seconds that processes and machines wait for each other at the start, and when they start again."""
     checkpoint_timeout_s: float = 1800.0
-    """Seconds that ranks wait for each other while a checkpoint is written."""
+    """Seconds that ranks wait for each other while a checkpoint is written, or verified before a run goes on."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
