@@ -11,6 +11,7 @@ from proxy import TcpProxy
 from facetrain.config import TrackingConfig
 from facetrain.tracking import Tracker, sync
 from facetrain.tracking import tracker as tracker_module
+from facetrain.tracking.mlflow_store import MlflowStore
 from facetrain.tracking.outbox import Outbox
 from facetrain.world import World
 
@@ -198,6 +199,26 @@ def test_a_server_killed_and_started_again_and_answers_that_are_lost_leave_one_r
         (run,) = client.search_runs([client.get_experiment_by_name("lossy").experiment_id])
         history = client.get_metric_history(run.info.run_id, "train/loss")
         assert [metric.step for metric in history] == list(range(5))
+
+
+def test_a_tag_that_is_added_while_others_are_sent_arrives(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    outbox = Outbox.start(tmp_path, experiment="facetrain", run_name="a", parameters={"b": 1}, tags={"c": "1"})
+    log_batch = mlflow.MlflowClient.log_batch
+
+    def log_batch_while_a_tag_is_added(client, *args, **kwargs):
+        log_batch(client, *args, **kwargs)
+        if kwargs.get("tags"):
+            monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch)
+            outbox.update(tags={**outbox.contents.tags, "late": "2"}, is_described=False)
+
+    store = MlflowStore(outbox)
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch_while_a_tag_is_added)
+    for _ in range(2):
+        store.send()
+    assert outbox.is_empty()
+    run = mlflow.MlflowClient().get_run(outbox.contents.run_id)
+    assert {key: run.data.tags.get(key) for key in ("c", "late")} == {"c": "1", "late": "2"}
 
 
 def test_other_ranks_are_silent(tmp_path):

@@ -70,12 +70,13 @@ class MlflowStore:
         if kept.is_described:
             return
         parameters = [Param(key, value[:6000]) for key, value in kept.parameters.items()]
-        tags = [RunTag(key, value) for key, value in kept.tags.items()]
+        sent_tags = kept.tags
+        tags = [RunTag(key, value) for key, value in sent_tags.items()]
         for some in _batches(parameters):
             self._client.log_batch(kept.run_id, params=some)  # again with the same values changes nothing
         for some in _batches(tags):
             self._client.log_batch(kept.run_id, tags=some)
-        self._outbox.update(is_described=True)
+        self._outbox.is_described_by(sent_tags)
 
     def _make_run(self) -> str:
         """Return the id of the run: of the one made before, if only the answer was lost."""

@@ -103,6 +103,12 @@ class Outbox:
                 setattr(self.contents, key, value)
             self._write()
 
+    def is_described_by(self, tags: Mapping[str, str]) -> None:
+        """Take note that the parameters and these tags have arrived; tags that came meanwhile are still to be sent."""
+        with self._lock:
+            self.contents.is_described = self.contents.tags == tags
+            self._write()
+
     def add_artifact(self, path: Path) -> None:
         """Ask for a file or folder of the run to be sent."""
         name = str(path.relative_to(self.run_dir))
