@@ -136,8 +136,14 @@ def test_a_users_error_is_one_line_and_code_2(
 
 
 def test_more_processes_than_pairs_divide_into_is_an_error(tmp_path: Path) -> None:
-    done = facetrain("check", "--train.global_pairs", "10", cwd=tmp_path, WORLD_SIZE="4")
+    done = facetrain("check", "--train.global_pairs", "10", cwd=tmp_path, WORLD_SIZE="4", RANK="0")
     assert_user_error(done, "train.global_pairs", "10", "4")
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_world_size_that_no_launcher_set_is_ignored(tmp_path: Path, command: str) -> None:
+    done = facetrain(command, "--train.global_pairs", "10", "--data.shards", "nowhere", cwd=tmp_path, WORLD_SIZE="4")
+    assert_user_error(done, "data.shards", "nowhere")
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Commands of a run: train, check, estimate, sync."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +21,7 @@ def check(argv: Sequence[str]) -> None:
     """Check a run's config and everything it would read."""
 
     def add_flags(parser: Any) -> None:
-        parser.add_argument("--world-sizes", type=str, help="numbers of processes, such as 2,4; default WORLD_SIZE")
+        parser.add_argument("--world-sizes", type=str, help="numbers of processes, such as 2,4; default: as launched, or 1")
         parser.add_argument("--show", type=str, help="print the value of this key instead, such as run.dir")
 
     config, args = parse_config_and_flags(argv, "facetrain check", "Check what a run would read", add_flags)
@@ -31,8 +30,10 @@ def check(argv: Sequence[str]) -> None:
             raise ValueError(f"--show: expected a key such as run.dir, got '{args.show}'")
         say(str(config.flat()[args.show]))
         return
-    sizes = (args.world_sizes or os.environ.get("WORLD_SIZE", "1")).split(",")
     from facetrain.data.plan import pairs_per_rank
+    from facetrain.world import launched_world_size
+
+    sizes = (args.world_sizes or str(launched_world_size())).split(",")
 
     for size in sizes:  # all of them before anything is read
         if not size.isdecimal() or int(size) < 1:

@@ -1,12 +1,13 @@
 """The environment of a run, as its tags record it: versions, machine, state of the code."""
 
-import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from facetrain.world import launched_world_size
 
 _PACKAGES = ("facetrain", "torch", "deepspeed", "torchvision", "webdataset", "numpy", "opencv-python-headless")
 
@@ -17,7 +18,7 @@ def environment_tags() -> dict[str, str]:
     tags |= {
         "python": platform.python_version(),
         "host": platform.node(),
-        "world_size": os.environ.get("WORLD_SIZE", "1"),
+        "world_size": str(launched_world_size()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     git = {"git_commit": git_commit(), "git_changes": _git("status --porcelain")[:5000]}
