@@ -15,7 +15,7 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue an unfinished run of the same config; never: refuse a folder in use; must: refuse a fresh one."""
     seed: int = 0
-    """Seed of weights, plan, augmentation and mining."""
+    """Seed of weights, plan, augmentation, mining and random losses; 0 to 2^32 - 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     timeout_s: float = 600.0
@@ -27,7 +27,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        at_least("run.seed", self.seed, 0)
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"run.seed: expected 0 to {(1 << 32) - 1}, got {self.seed}")
         at_least("run.rendezvous_timeout_s", self.rendezvous_timeout_s, 1)
         for name in ("timeout_s", "checkpoint_timeout_s"):
             if getattr(self, name) <= 0:
