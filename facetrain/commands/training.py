@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from facetrain.command_line import new_parser, parse_arguments, parse_config, parse_config_and_flags, say
+from facetrain.config.bounds import at_least
 
 
 def train(argv: Sequence[str]) -> None:
@@ -21,7 +22,7 @@ def check(argv: Sequence[str]) -> None:
     """Check a run's config and everything it would read."""
 
     def add_flags(parser: Any) -> None:
-        parser.add_argument("--world-sizes", type=str, help="numbers of processes, such as 2,4; default: as launched, or 1")
+        parser.add_argument("--world-sizes", type=str, help="numbers of processes, such as 2,4; default: as launched")
         parser.add_argument("--show", type=str, help="print the value of this key instead, such as run.dir")
 
     config, args = parse_config_and_flags(argv, "facetrain check", "Check what a run would read", add_flags)
@@ -64,6 +65,7 @@ def estimate(argv: Sequence[str]) -> None:
     config, args = parse_config_and_flags(
         argv, "facetrain estimate", "Estimate what a run takes on a cluster; no GPU is needed", add_flags
     )
+    at_least("--identities", args.identities, 2)
     cluster = Cluster(**{key.name: args[key.name] for key in speeds})
     from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
     from facetrain.estimate.report import estimate_record, format_estimate
