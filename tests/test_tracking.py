@@ -9,7 +9,7 @@ from mlflow_server import free_port, mlflow_server, wait_until
 from proxy import TcpProxy
 
 from facetrain.config import TrackingConfig
-from facetrain.tracking import Tracker, sync
+from facetrain.tracking import Tracker, environment, sync
 from facetrain.tracking import tracker as tracker_module
 from facetrain.tracking.mlflow_store import MlflowStore
 from facetrain.tracking.outbox import Outbox
@@ -219,6 +219,11 @@ def test_a_tag_that_is_added_while_others_are_sent_arrives(tmp_path, monkeypatch
     assert outbox.is_empty()
     run = mlflow.MlflowClient().get_run(outbox.contents.run_id)
     assert {key: run.data.tags.get(key) for key in ("c", "late")} == {"c": "1", "late": "2"}
+
+
+def test_packages_that_are_not_installed_under_their_usual_names_have_no_version(monkeypatch):
+    monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
+    assert [tag for tag in environment.environment_tags() if tag.startswith("version.")] == ["version.torch"]
 
 
 def test_other_ranks_are_silent(tmp_path):
