@@ -67,6 +67,9 @@ def train(config: Config) -> None:
             start_logging(folder.path if world.is_main else None)
             if folder.is_finished:
                 log.info(f"{folder.path} is finished: results are in {folder.path / 'results.json'}")
+                name = config.tracking.register_as
+                if name is not None and config.tracking.backend == "mlflow":
+                    log.info(f"`facetrain sync {folder.path} --register {name}` registers it, where that isn't done")
             else:
                 Run(config, inputs, folder, world).go()
 

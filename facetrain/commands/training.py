@@ -79,7 +79,7 @@ def estimate(argv: Sequence[str]) -> None:
 
 def sync(argv: Sequence[str]) -> None:
     """Send MLflow what it lacks of a run."""
-    parser = new_parser("facetrain sync", "Send to MLFLOW_TRACKING_URI what couldn't be sent while training.")
+    parser = new_parser("facetrain sync", "Send to MLflow what couldn't be sent while training.")
     parser.add_argument("run", type=str, help="run folder")
     parser.add_argument("--register", type=str, help="send the model too, and register it under this name")
     args = parse_arguments(parser, argv)

@@ -40,7 +40,8 @@ class TrackingConfig:
     """Where metrics go besides metrics.jsonl in the run folder."""
 
     backend: Literal["mlflow", "none"] = "mlflow"
-    """mlflow writes to MLFLOW_TRACKING_URI, or to sqlite:///mlflow.db where that is unset."""
+    """mlflow writes to MLFLOW_TRACKING_URI; where that is unset, a run goes on where it was logged before (unless that
+    URI holds a secret), and a new one is logged in sqlite:///mlflow.db."""
     experiment: str = "facetrain"
     """MLflow experiment."""
     run_name: str | None = None

@@ -31,6 +31,8 @@ class Contents:
     """By which the run is found again if the answer to its creation was lost."""
     run_id: str = ""
     """MLflow's name of the run; empty until it is made."""
+    uri: str = ""
+    """Where the run is logged, a database's path in full; empty before the first try, or where it holds a secret."""
     parameters: dict[str, str] = field(default_factory=dict)
     """The config when the run began, without secrets."""
     tags: dict[str, str] = field(default_factory=dict)
