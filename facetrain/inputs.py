@@ -14,6 +14,7 @@ from facetrain.data.shards import ShardSet, open_shards
 from facetrain.data.split import IdentitySplit, split_identities
 from facetrain.data.window import WindowedPlan
 from facetrain.evaluation.judge import Judge
+from facetrain.mining.lists import check_appearances
 from facetrain.mining.mode import check_mode
 from facetrain.mining.round import MiningSchedule
 from facetrain.models import build_backbone
@@ -74,6 +75,7 @@ def check_pools(plan: Plan, config: Config) -> None:
 
     Raises:
         ValueError: A round of the first pass would find fewer than it needs; one line with the settings that decide it.
+            A later round that does has random batches instead.
     """
     mining, rounds = config.mining, MiningSchedule(config.mining)
     if mining.mode != "quota":
@@ -97,6 +99,8 @@ def check_pools(plan: Plan, config: Config) -> None:
                 f" (mining.lag_steps = {mining.lag_steps}, batches_per_round = {mining.batches_per_round},"
                 f" data.window_shards = {config.data.window_shards})"
             )
+        if mining.max_appearances is not None:
+            check_appearances(mining.max_appearances, mining.batches_per_round, quota, fewest)
         round_index += 1
 
 

@@ -133,7 +133,8 @@ def claim_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
                 tidy(path, folder.damaged)
             return folder
 
-        folder = world.on_main(claim)
+        with world.waiting_up_to(config.run.checkpoint_timeout_s):  # rank 0 reads whole checkpoints to verify them
+            folder = world.on_main(claim)
         if not folder.is_finished:
             _check_all_see(folder.path, world)
         yield folder

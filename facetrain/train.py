@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from facetrain.watch.heartbeat import Heartbeat
 from facetrain.watch.profile import StepProfile
 from facetrain.watch.stop import StopRequest
 from facetrain.watch.stragglers import StepClock, TimedLoss
-from facetrain.world import World, start_world
+from facetrain.world import World, launched_world_size, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
 
@@ -59,7 +58,7 @@ def train(config: Config) -> None:
     Raises:
         ValueError: The config, the shards, the evaluation lists or the run folder can't be used; one line says why.
     """
-    inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    inputs = open_inputs(config, world_size=launched_world_size())
     with start_world(config.run.device, config.run.timeout_s, config.run.rendezvous_timeout_s) as world:
         check_same_shards(inputs.shards, world)
         if config.data.partitioned:
@@ -68,6 +67,9 @@ def train(config: Config) -> None:
             start_logging(folder.path if world.is_main else None)
             if folder.is_finished:
                 log.info(f"{folder.path} is finished: results are in {folder.path / 'results.json'}")
+                name = config.tracking.register_as
+                if name is not None and config.tracking.backend == "mlflow":
+                    log.info(f"`facetrain sync {folder.path} --register {name}` registers it, where that isn't done")
             else:
                 Run(config, inputs, folder, world).go()
 

@@ -72,6 +72,9 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["check", "--world-sizes", "2,two"], ["--world-sizes", "'two'"]),
         (["check", "--world-sizes", "2,3", "--train.global_pairs", "8"], ["train.global_pairs", "3 processes", "8"]),
         (["check", "--run.rendezvous_timeout_s", "0"], ["run.rendezvous_timeout_s", "1 or more"]),
+        (["check", "--run.seed", str(1 << 64)], ["run.seed", "0 to 4294967295", str(1 << 64)]),
+        (["check", "--run.seed", "-1"], ["run.seed", "0 to 4294967295", "-1"]),
+        (["estimate", "--identities", "0"], ["--identities", "2 or more", "0"]),
         (["pack", "nowhere", "out"], ["nowhere"]),
         (["pack", "only-one-path"], ["out"]),
         (["pack", "--image", "3", "a", "b"], ["--image"]),
@@ -136,8 +139,14 @@ def test_a_users_error_is_one_line_and_code_2(
 
 
 def test_more_processes_than_pairs_divide_into_is_an_error(tmp_path: Path) -> None:
-    done = facetrain("check", "--train.global_pairs", "10", cwd=tmp_path, WORLD_SIZE="4")
+    done = facetrain("check", "--train.global_pairs", "10", cwd=tmp_path, WORLD_SIZE="4", RANK="0")
     assert_user_error(done, "train.global_pairs", "10", "4")
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_world_size_that_no_launcher_set_is_ignored(tmp_path: Path, command: str) -> None:
+    done = facetrain(command, "--train.global_pairs", "10", "--data.shards", "nowhere", cwd=tmp_path, WORLD_SIZE="4")
+    assert_user_error(done, "nowhere")
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

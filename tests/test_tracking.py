@@ -9,8 +9,9 @@ from mlflow_server import free_port, mlflow_server, wait_until
 from proxy import TcpProxy
 
 from facetrain.config import TrackingConfig
-from facetrain.tracking import Tracker, sync
+from facetrain.tracking import Tracker, environment, sync
 from facetrain.tracking import tracker as tracker_module
+from facetrain.tracking.mlflow_store import MlflowStore
 from facetrain.tracking.outbox import Outbox
 from facetrain.world import World
 
@@ -198,6 +199,62 @@ def test_a_server_killed_and_started_again_and_answers_that_are_lost_leave_one_r
         (run,) = client.search_runs([client.get_experiment_by_name("lossy").experiment_id])
         history = client.get_metric_history(run.info.run_id, "train/loss")
         assert [metric.step for metric in history] == list(range(5))
+
+
+def test_a_tag_that_is_added_while_others_are_sent_arrives(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    outbox = Outbox.start(tmp_path, experiment="facetrain", run_name="a", parameters={"b": 1}, tags={"c": "1"})
+    log_batch = mlflow.MlflowClient.log_batch
+
+    def log_batch_while_a_tag_is_added(client, *args, **kwargs):
+        log_batch(client, *args, **kwargs)
+        if kwargs.get("tags"):
+            monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch)
+            outbox.update(tags={**outbox.contents.tags, "late": "2"}, is_described=False)
+
+    store = MlflowStore(outbox)
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch_while_a_tag_is_added)
+    for _ in range(2):
+        store.send()
+    assert outbox.is_empty()
+    run = mlflow.MlflowClient().get_run(outbox.contents.run_id)
+    assert {key: run.data.tags.get(key) for key in ("c", "late")} == {"c": "1", "late": "2"}
+
+
+def test_a_run_is_sent_where_it_was_logged_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run_dir.mkdir()
+    elsewhere.mkdir()
+    tracker = Tracker(TrackingConfig(), run_dir, World(), parameters={"train.steps": 4})
+    tracker.finish()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert sync(run_dir).startswith(f"sqlite:///{tmp_path}/here.db, run ")
+    Tracker(TrackingConfig(), run_dir, World(), parameters={}).finish()
+    assert list(elsewhere.iterdir()) == []
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    Outbox.open(run_dir).update(is_described=False)
+    message = (
+        rf"sqlite:///other\.db doesn't know run \w+; expected where that was logged, sqlite:///{tmp_path}/here\.db"
+    )
+    with pytest.raises(OSError, match=message):
+        sync(run_dir)
+
+
+def test_where_a_run_was_logged_is_not_kept_with_a_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    (tmp_path / "logs").mkdir()
+    outbox = Outbox.start(tmp_path, experiment="e", run_name="a", parameters={}, tags={})
+    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
+        MlflowStore(outbox).send()
+    assert "secret" not in (tmp_path / "logs" / "tracking.json").read_text()
+
+
+def test_packages_that_are_not_installed_under_their_usual_names_have_no_version(monkeypatch):
+    monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
+    assert [tag for tag in environment.environment_tags() if tag.startswith("version.")] == ["version.torch"]
 
 
 def test_other_ranks_are_silent(tmp_path):

@@ -282,6 +282,14 @@ def test_another_config_in_a_run_folder_is_refused_by_its_keys(synthetic, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_finished_run_says_what_registers_it(synthetic, tmp_path):
+    words = flags(synthetic, tmp_path / "run", train__steps=0)
+    assert facetrain("train", *words).returncode == 0
+    again = facetrain("train", *words, "--tracking.backend", "mlflow", "--tracking.register_as", "faces")
+    assert f"`facetrain sync {tmp_path / 'run'} --register faces` registers it" in again.stderr
+
+
+@pytest.mark.slow
 def test_two_ranks_start_in_a_fresh_folder_and_go_on_with_other_workers(synthetic, tmp_path):
     more = {"mining__mode": "off", "tracking__backend": "mlflow", "train__steps": 2, "train__save_every_steps": 1}
     words = flags(synthetic, tmp_path / "run", **more)

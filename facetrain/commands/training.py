@@ -1,13 +1,13 @@
 """Commands of a run: train, check, estimate, sync."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from facetrain.command_line import new_parser, parse_arguments, parse_config, parse_config_and_flags, say
+from facetrain.config.bounds import at_least
 
 
 def train(argv: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def check(argv: Sequence[str]) -> None:
     """Check a run's config and everything it would read."""
 
     def add_flags(parser: Any) -> None:
-        parser.add_argument("--world-sizes", type=str, help="numbers of processes, such as 2,4; default WORLD_SIZE")
+        parser.add_argument("--world-sizes", type=str, help="numbers of processes, such as 2,4; default: as launched")
         parser.add_argument("--show", type=str, help="print the value of this key instead, such as run.dir")
 
     config, args = parse_config_and_flags(argv, "facetrain check", "Check what a run would read", add_flags)
@@ -31,8 +31,10 @@ def check(argv: Sequence[str]) -> None:
             raise ValueError(f"--show: expected a key such as run.dir, got '{args.show}'")
         say(str(config.flat()[args.show]))
         return
-    sizes = (args.world_sizes or os.environ.get("WORLD_SIZE", "1")).split(",")
     from facetrain.data.plan import pairs_per_rank
+    from facetrain.world import launched_world_size
+
+    sizes = (args.world_sizes or str(launched_world_size())).split(",")
 
     for size in sizes:  # all of them before anything is read
         if not size.isdecimal() or int(size) < 1:
@@ -63,6 +65,7 @@ def estimate(argv: Sequence[str]) -> None:
     config, args = parse_config_and_flags(
         argv, "facetrain estimate", "Estimate what a run takes on a cluster; no GPU is needed", add_flags
     )
+    at_least("--identities", args.identities, 2)
     cluster = Cluster(**{key.name: args[key.name] for key in speeds})
     from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
     from facetrain.estimate.report import estimate_record, format_estimate
@@ -76,7 +79,7 @@ def estimate(argv: Sequence[str]) -> None:
 
 def sync(argv: Sequence[str]) -> None:
     """Send MLflow what it lacks of a run."""
-    parser = new_parser("facetrain sync", "Send to MLFLOW_TRACKING_URI what couldn't be sent while training.")
+    parser = new_parser("facetrain sync", "Send to MLflow what couldn't be sent while training.")
     parser.add_argument("run", type=str, help="run folder")
     parser.add_argument("--register", type=str, help="send the model too, and register it under this name")
     args = parse_arguments(parser, argv)

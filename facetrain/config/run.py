@@ -15,7 +15,7 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue an unfinished run of the same config; never: refuse a folder in use; must: refuse a fresh one."""
     seed: int = 0
-    """Seed of weights, plan, augmentation and mining."""
+    """Seed of weights, plan, augmentation, mining and random losses; 0 to 2^32 - 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     timeout_s: float = 600.0
@@ -23,11 +23,12 @@ class RunConfig:
     rendezvous_timeout_s: float = 600.0
     """Seconds that processes and machines wait for each other at the start, and when they start again."""
     checkpoint_timeout_s: float = 1800.0
-    """Seconds that ranks wait for each other while a checkpoint is written."""
+    """Seconds that ranks wait for each other while a checkpoint is written, or verified before a run goes on."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        at_least("run.seed", self.seed, 0)
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"run.seed: expected 0 to {(1 << 32) - 1}, got {self.seed}")
         at_least("run.rendezvous_timeout_s", self.rendezvous_timeout_s, 1)
         for name in ("timeout_s", "checkpoint_timeout_s"):
             if getattr(self, name) <= 0:
@@ -39,7 +40,8 @@ class TrackingConfig:
     """Where metrics go besides metrics.jsonl in the run folder."""
 
     backend: Literal["mlflow", "none"] = "mlflow"
-    """mlflow writes to MLFLOW_TRACKING_URI, or to sqlite:///mlflow.db where that is unset."""
+    """mlflow writes to MLFLOW_TRACKING_URI; where that is unset, a run goes on where it was logged before (unless that
+    URI holds a secret), and a new one is logged in sqlite:///mlflow.db."""
     experiment: str = "facetrain"
     """MLflow experiment."""
     run_name: str | None = None

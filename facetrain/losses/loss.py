@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,6 +16,9 @@ from torch.autograd.function import once_differentiable
 from facetrain.config import LossConfig
 from facetrain.losses.class_vectors import ClassVectors
 from facetrain.world import GatherInFlight, World
+
+_LOSS_STREAM = 0x6C6F7373
+"""Keeps the random numbers of losses apart from those of dropout, which are of the same seed and step."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,10 @@ class Loss(ABC):
 
 
 def generator_of_step(seed: int, step: int) -> torch.Generator:
-    """Return random numbers of a step on the CPU, the same on all ranks; no two steps or seeds share them."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    """Return random numbers of (seed, step) on the CPU, the same on all ranks; seed and step are 0 or more."""
+    # Of a seed, torch's generator takes the low 32 bits alone.
+    mixed = np.random.SeedSequence([seed, step, _LOSS_STREAM]).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(mixed))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -45,14 +45,19 @@ def limit_appearances(identities_BN: Ints, most: int, identities_I: Ints, genera
     return limited_BN
 
 
+def appearances_needed(num_lists: int, length: int, num_identities: int) -> int:
+    """Return in how many of the lists of `length`, at least, some of the identities must be allowed to stand."""
+    places_before_last = (num_lists - 1) * length
+    return min(num_lists, places_before_last // (num_identities - length + 1) + 1)
+
+
 def check_appearances(most: int, num_lists: int, length: int, num_identities: int) -> None:
     """Check that lists of `length` can be filled with no identity in more than `most` of them.
 
     Raises:
         ValueError: Before the last list so many identities could be spent that fewer than `length` were left.
     """
-    places_before_last = (num_lists - 1) * length
-    needed = min(num_lists, places_before_last // (num_identities - length + 1) + 1)
+    needed = appearances_needed(num_lists, length, num_identities)
     if most < needed:
         raise ValueError(
             f"mining.max_appearances: expected at least {needed}, so that {num_identities} trained identities fill"

@@ -15,7 +15,7 @@ from facetrain.embed import embed_images
 from facetrain.mining.embedding_table import EmbeddingTable
 from facetrain.mining.gathered import mine_round
 from facetrain.mining.mode import choose_mode
-from facetrain.mining.quota import mine_quota_round, spread_identities
+from facetrain.mining.quota import can_fill, mine_quota_round, spread_identities
 from facetrain.mining.round import MinedRound, MiningSchedule
 from facetrain.mining.table import mine_table_round
 from facetrain.world import World
@@ -50,7 +50,8 @@ class Miner:
 
         Returns:
             The first step that the round serves (`mining.lag_steps` later) and its lists; None if no round is due,
-            if it would serve no step of the run, or if the table isn't full enough.
+            if it would serve no step of the run, if the table isn't full enough, or if too few identities stay in the
+            window of shards for as long as the round takes. Steps without a mined list have random batches.
         """
         round_index = self.schedule.round_at(step)
         if round_index is None:
@@ -81,12 +82,22 @@ class Miner:
         if self.table is not None:
             return mine_table_round(round_index, step, config, num_pairs=num_pairs, table=self.table, seed=seed)
         if self.mode.name == "quota":
+            nodes = self._nodes(round_index, step)
+            fewest = min(len(node) for node in nodes)
+            if not can_fill(config, num_pairs, fewest):  # the plan decides it, so every rank comes to the same answer
+                log.warning(
+                    f"mining round {round_index} before step {step}: only {fewest} identities of a virtual node stay in"
+                    f" its window of shards, too few for {num_pairs // config.virtual_nodes} in each of"
+                    f" {config.batches_per_round} batches: random classes are served; larger data.window_shards or"
+                    " smaller mining.batches_per_round or mining.lag_steps keep more"
+                )
+                return None
             return mine_quota_round(
                 round_index,
                 config,
                 num_pairs=num_pairs,
                 table=self.shards.table,
-                nodes=self._nodes(round_index, step),
+                nodes=nodes,
                 embed=lambda image_idx: self._embed(backbone, image_idx, World(device=self.world.device)),
                 seed=seed,
                 world=self.world,

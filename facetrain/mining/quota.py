@@ -19,7 +19,7 @@ from torch import Tensor
 from facetrain.config import MiningConfig
 from facetrain.data.index import ClassTable
 from facetrain.mining.greedy import greedy_classes
-from facetrain.mining.lists import check_appearances, limit_appearances
+from facetrain.mining.lists import appearances_needed, check_appearances, limit_appearances
 from facetrain.mining.round import (
     MINING_STREAM,
     JudgedBatch,
@@ -48,6 +48,21 @@ def spread_identities(identities: NDArray[np.int64], num_nodes: int, seed: int) 
     """
     dealt = np.random.default_rng((seed, _NODE_STREAM)).permutation(identities)
     return [np.sort(dealt[v::num_nodes]) for v in range(num_nodes)]
+
+
+def can_fill(config: MiningConfig, num_pairs: int, num_identities: int) -> bool:
+    """Return whether virtual nodes can fill their rows of a round's batches.
+
+    Args:
+        config: Virtual nodes, batches and `max_appearances`.
+        num_pairs: N.
+        num_identities: Those of the node that has the fewest.
+    """
+    quota = num_pairs // config.virtual_nodes
+    if num_identities < quota:
+        return False
+    needed = appearances_needed(config.batches_per_round, quota, num_identities)
+    return config.max_appearances is None or config.max_appearances >= needed
 
 
 def mine_quota_round(

@@ -1,27 +1,37 @@
 """The environment of a run, as its tags record it: versions, machine, state of the code."""
 
-import os
 import platform
 import subprocess
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from facetrain.world import launched_world_size
 
 _PACKAGES = ("facetrain", "torch", "deepspeed", "torchvision", "webdataset", "numpy", "opencv-python-headless")
 
 
 def environment_tags() -> dict[str, str]:
     """Return versions, machine, and the git state of this package where it is a checkout; no environment variables."""
-    tags = {f"version.{name}": version(name) for name in _PACKAGES}
-    tags |= {
+    tags = _versions() | {
         "python": platform.python_version(),
         "host": platform.node(),
-        "world_size": os.environ.get("WORLD_SIZE", "1"),
+        "world_size": str(launched_world_size()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     git = {"git_commit": git_commit(), "git_changes": _git("status --porcelain")[:5000]}
     return tags | {tag: value for tag, value in git.items() if value or git["git_commit"]}
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that are installed under these names; a checkout on PYTHONPATH isn't."""
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[f"version.{name}"] = version(name)
+    return versions
 
 
 def git_commit() -> str:

@@ -14,12 +14,13 @@ from facetrain.tracking.outbox import Outbox
 
 _KEY_TAG = "facetrain.key"
 _SWEEP_TAG = "facetrain.sweep"
+_SQLITE = "sqlite:///"
 _BATCH = 100
 """Parameters or tags that MLflow takes in one request."""
 
 
 class MlflowStore:
-    """Where MLFLOW_TRACKING_URI points, or sqlite:///mlflow.db where that is unset."""
+    """Where MLFLOW_TRACKING_URI points; where that is unset, where the run was logged before, or sqlite:///mlflow.db."""
 
     def __init__(self, outbox: Outbox) -> None:
         """Import mlflow; nothing is sent or asked before `send`."""
@@ -30,7 +31,7 @@ class MlflowStore:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         import mlflow  # noqa: F401 - takes a second, which is better spent here than in the sending thread
 
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or outbox.contents.uri or "sqlite:///mlflow.db"
         self._outbox = outbox
         self._client: Any = None
         self._is_in_doubt = True
@@ -39,6 +40,7 @@ class MlflowStore:
         """Send everything that isn't known to have arrived.
 
         Raises:
+            LookupError: MLflow doesn't know the run, though it was made; one line says where it was.
             Exception: Whatever a server or a database can raise; what has arrived until then is noted.
         """
         try:
@@ -54,8 +56,10 @@ class MlflowStore:
             if status != self._outbox.contents.sent_status:
                 self._send_status(status)
                 self._outbox.update(sent_status=status)
-        except BaseException:
+        except BaseException as error:
             self._is_in_doubt = True  # a request may have arrived, though its answer didn't
+            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" and self._outbox.contents.run_id:
+                raise self._unknown_run() from error
             raise
 
     def _describe(self) -> None:
@@ -66,16 +70,26 @@ class MlflowStore:
         if self._client is None:
             self._client = MlflowClient(self.uri)
         if not kept.run_id:
+            self._outbox.update(uri=_to_remember(self.uri))  # first: a run whose id was lost is looked for there
             self._outbox.update(run_id=self._make_run())
         if kept.is_described:
             return
         parameters = [Param(key, value[:6000]) for key, value in kept.parameters.items()]
-        tags = [RunTag(key, value) for key, value in kept.tags.items()]
+        sent_tags = kept.tags
+        tags = [RunTag(key, value) for key, value in sent_tags.items()]
         for some in _batches(parameters):
             self._client.log_batch(kept.run_id, params=some)  # again with the same values changes nothing
         for some in _batches(tags):
             self._client.log_batch(kept.run_id, tags=some)
-        self._outbox.update(is_described=True)
+        self._outbox.is_described_by(sent_tags)
+
+    def _unknown_run(self) -> LookupError:
+        kept = self._outbox.contents
+        known = f", {kept.uri}" if kept.uri not in ("", _to_remember(self.uri)) else ""
+        return LookupError(
+            f"MLFLOW_TRACKING_URI: {mask_secrets(self.uri)} doesn't know run {kept.run_id}; expected where that was"
+            f" logged{known}, and that it isn't deleted there"
+        )
 
     def _make_run(self) -> str:
         """Return the id of the run: of the one made before, if only the answer was lost."""
@@ -104,9 +118,9 @@ class MlflowStore:
         if experiment is not None:
             return str(experiment.experiment_id)
         location = None
-        if self.uri.startswith("sqlite:///"):
+        if self.uri.startswith(_SQLITE):
             # MLflow's own default is ./mlruns of whoever starts first: keep a run's files beside its database.
-            database = Path(self.uri.removeprefix("sqlite:///"))
+            database = Path(self.uri.removeprefix(_SQLITE))
             location = (database.absolute().parent / "mlruns").as_uri()
         return str(self._client.create_experiment(name, artifact_location=location))
 
@@ -157,6 +171,13 @@ class MlflowStore:
             self._client.update_run(run_id, status=status)
         else:
             self._client.set_terminated(run_id, status)
+
+
+def _to_remember(uri: str) -> str:
+    """Return the URI as it may stand in the run folder, good in any working folder; nothing if it holds a secret."""
+    if uri.startswith(_SQLITE):
+        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
+    return uri if mask_secrets(uri) == uri else ""
 
 
 def _batches(items: list[Any]) -> Iterator[list[Any]]:

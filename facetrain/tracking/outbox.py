@@ -31,6 +31,8 @@ class Contents:
     """By which the run is found again if the answer to its creation was lost."""
     run_id: str = ""
     """MLflow's name of the run; empty until it is made."""
+    uri: str = ""
+    """Where the run is logged, a database's path in full; empty before the first try, or where it holds a secret."""
     parameters: dict[str, str] = field(default_factory=dict)
     """The config when the run began, without secrets."""
     tags: dict[str, str] = field(default_factory=dict)
@@ -101,6 +103,12 @@ class Outbox:
         with self._lock:
             for key, value in changes.items():
                 setattr(self.contents, key, value)
+            self._write()
+
+    def is_described_by(self, tags: Mapping[str, str]) -> None:
+        """Take note that the parameters and these tags have arrived; tags that came meanwhile are still to be sent."""
+        with self._lock:
+            self.contents.is_described = self.contents.tags == tags
             self._write()
 
     def add_artifact(self, path: Path) -> None:

@@ -207,7 +207,7 @@ def sync(run_dir: Path, *, register_as: str | None = None) -> str:
 
     Raises:
         ValueError: The folder holds no run with tracking.backend=mlflow.
-        OSError: MLflow can't be reached or refuses; nothing is lost.
+        OSError: MLflow can't be reached, refuses or doesn't know the run; nothing is lost.
     """
     outbox = Outbox.open(run_dir)
     if register_as is not None:
@@ -218,6 +218,8 @@ def sync(run_dir: Path, *, register_as: str | None = None) -> str:
     store = MlflowStore(outbox)
     try:
         store.send()
+    except LookupError as error:
+        raise OSError(str(error)) from None
     except Exception as error:  # whatever a server or a database can raise
         message = " ".join(mask_secrets(str(error)).split())[:200]
         raise OSError(

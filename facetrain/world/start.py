@@ -25,6 +25,12 @@ _GLOO_LETS_GO_S = 0.2
 the process aborts. DeepSpeed keeps copies of the group, so that no thread can be joined."""
 
 
+def launched_world_size() -> int:
+    """Return how many processes the launcher has started, before they meet in `start_world`; 1 without a launcher."""
+    # WORLD_SIZE alone may be a leftover of something else.
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def start_world(
     device: Literal["auto", "cpu", "cuda"], timeout_s: float, rendezvous_timeout_s: float | None = None
@@ -45,9 +51,9 @@ def start_world(
         raise ValueError("run.device: 'cuda' was asked for, but torch sees no CUDA device")
     on_cuda = device != "cpu" and torch.cuda.is_available()
     env = os.environ
-    # WORLD_SIZE alone may be a leftover of something else.
     started = env if "RANK" in env else {}
-    rank, local_rank, world_size = (int(started.get(key, default)) for key, default in _LAUNCHER_KEYS.items())
+    rank, local_rank = (int(started.get(key, "0")) for key in ("RANK", "LOCAL_RANK"))
+    world_size = launched_world_size()
     here = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         if local_rank >= torch.cuda.device_count():
@@ -80,6 +86,3 @@ def _keep_to_own_cores(local_rank: int, local_world_size: int) -> None:
         share = len(cores) // local_world_size
         if share > 0:  # else the processes share what there is
             os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
-
-
-_LAUNCHER_KEYS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

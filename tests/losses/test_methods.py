@@ -181,3 +181,16 @@ def test_without_its_library_a_loss_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pytorch_metric_learning", None)
     with pytest.raises(ValueError, match=r"loss\.name: 'lifted' needs pytorch-metric-learning; pip install"):
         make_loss(LossConfig(name="lifted"))
+
+
+def test_what_a_loss_draws_depends_on_seed_and_step():
+    labels_M = torch.arange(40).repeat_interleave(4)
+
+    def drawn(seed, step):
+        triplets = torch.cat(random_triplets(labels_M, seed=seed, step=step))
+        return triplets.tolist(), draw_anchors(labels_M, 2, seed=seed, step=step).tolist()
+
+    for i in range(2):
+        assert drawn(1, 5)[i] == drawn(1, 5)[i]
+        assert drawn(1, 5)[i] != drawn(2, 5)[i]
+        assert drawn(1, 5)[i] != drawn(1, 6)[i]

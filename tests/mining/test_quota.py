@@ -1,17 +1,24 @@
 """Quota mining: what each virtual node gives, and who embeds what."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data.numbered_faces import SIDE_PX, numbered_shards
 from distributed.ranks import run_ranks
 from mining.test_gathered import NUM_IDENTITIES, clustered_faces, identity_of, table_of_faces
-from torch import Tensor
+from torch import Tensor, nn
 
-from facetrain.config import MiningConfig
+from facetrain.config import Config, DataConfig, MiningConfig, TrainConfig
+from facetrain.data.shards import ShardSet
+from facetrain.data.window import WindowedPlan
+from facetrain.inputs import check_pools
 from facetrain.mining.greedy import greedy_classes
-from facetrain.mining.quota import mine_quota_round, spread_identities
+from facetrain.mining.miner import Miner
+from facetrain.mining.quota import can_fill, mine_quota_round, spread_identities
 from facetrain.mining.round import MinedRound
 from facetrain.world import World
 
@@ -121,3 +128,49 @@ def test_nodes_that_cannot_be_shared_or_filled_are_named() -> None:
         mine(MiningConfig(mode="quota", virtual_nodes=2, candidates=10))
     with pytest.raises(ValueError, match="mining round 1: expected finite embeddings, got NaN"):
         mine(CASES[0], embed=lambda images: torch.full((len(images), 4), torch.nan))
+
+
+def mine_in_windows(world: World, folder: Path) -> dict[int, list[list[int]] | None]:
+    """The lists of every round of a run, by the step before which it is mined; None where it is left out."""
+    shards, mining = ShardSet.open(folder), {"mode": "quota", "virtual_nodes": 2, "candidates": 40}
+    config = Config(
+        data=DataConfig(
+            shards="http://host/shards",
+            cache_dir="cache",
+            window_shards=3,
+            workers=0,
+            virtual_nodes=2,
+            shard_px=SIDE_PX,
+            image_px=SIDE_PX,
+        ),
+        train=TrainConfig(global_pairs=6, steps=30),
+        mining=MiningConfig(**mining, warmup_steps=0, lag_steps=1, batches_per_round=3),  # type: ignore[arg-type]
+    )
+    kwargs = {"global_pairs": 6, "seed": 0, "virtual_nodes": 2, "window_shards": 3}
+    plan = WindowedPlan(shards.table, np.arange(60), shards=shards.manifest.shards, **kwargs)  # type: ignore[arg-type]
+    check_pools(plan, config)
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE_PX**2, 4))
+    miner = Miner(config, shards, plan, world)
+    mined = {step: miner.mine_before(step, backbone) for step in range(0, 30, 3)}
+    return {step: found and found[1].identities_BN.tolist() for step, found in mined.items()}
+
+
+def test_a_later_round_whose_windows_hold_too_few_is_left_out_the_same_for_any_ranks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = numbered_shards(tmp_path, np.random.default_rng(8).integers(2, 7, 60).tolist()).folder
+    with caplog.at_level(logging.WARNING):
+        alone = mine_in_windows(World(), folder)
+    left_out = [step for step, lists in alone.items() if lists is None]
+    assert left_out == [12, 15, 18, 21, 27]  # a pass takes 10 steps
+    assert len(caplog.messages) == len(left_out)
+    assert caplog.messages[0].startswith("mining round 4 before step 12: only 0 identities of a virtual node stay")
+    assert run_ranks(mine_in_windows, 2, folder) == [alone, alone]
+
+
+def test_a_node_fills_its_rows_with_as_many_identities_as_appearances_ask_for() -> None:
+    free = MiningConfig(mode="quota", virtual_nodes=2, batches_per_round=3)
+    once = MiningConfig(mode="quota", virtual_nodes=2, batches_per_round=3, max_appearances=1)
+    assert [can_fill(free, 8, number) for number in (3, 4)] == [False, True]
+    assert [can_fill(once, 8, number) for number in (3, 11, 12)] == [False, False, True]
