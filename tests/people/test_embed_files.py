@@ -1,6 +1,8 @@
 """`facetrain embed`: sources, unreadable images, interruption, ranks."""
 
+import errno
 import io
+import os
 import shutil
 import sys
 import tarfile
@@ -57,6 +59,28 @@ def test_tars_lists_files_and_stdin_hold_the_same_images(
     content = (pictures / "3.jpg").read_bytes()
     assert in_tar.read(1) == in_list.read(0) == open_images([pictures / "3.jpg"]).read(0) == content
     assert open_images([], ["pictures/3.jpg"]).read(0) == content
+
+
+def test_links_in_circles_are_walked_once(pictures: Path) -> None:
+    (pictures / "self").symlink_to(".")
+    (pictures / "deep" / "up").symlink_to("..")
+    for one, other in ("ab", "ba"):
+        (pictures / one).mkdir()
+        (pictures / one / "to").symlink_to(Path("..", other))
+    assert open_images([pictures]).names == ("2.jpg", "3.jpg", "4.jpg", "deep/er/0.jpg", "deep/er/1.jpg")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = os.scandir
+
+    def scandir(path: Path | str) -> "os._ScandirIterator[str]":
+        if Path(path).name == "er":  # chmod would not stop root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="deep/er"):
+        open_images([pictures])
 
 
 def test_images_that_cannot_be_read_are_listed_and_left_out(
