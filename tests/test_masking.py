@@ -23,7 +23,7 @@ from facetrain.masking import mask_secrets
         ("['--token', 'abc', 'x']", "['--token', '***', 'x']"),
         ("curl -H 'Authorization: token ghp_abc' u", "curl -H 'Authorization: token ***' u"),
         ('curl -H "authorization: AWS4 a=b, c=d" u', 'curl -H "authorization: ***" u'),
-        ("-H 'Authorization: Digest a=\"b\", c=\"d\"' u", "-H 'Authorization: Digest ***' u"),
+        ('-H \'Authorization: Digest a="b", c="d"\' u', "-H 'Authorization: Digest ***' u"),
         ("Authorization: token ghp_abc def\nHost: x", "Authorization: token ***\nHost: x"),
         ('{"Authorization": "Basic YTpi", "Host": "x"}', '{"Authorization": "Basic ***", "Host": "x"}'),
         ("-H 'Proxy-Authorization: Basic YTpi' u", "-H 'Proxy-Authorization: Basic ***' u"),
