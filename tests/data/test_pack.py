@@ -330,6 +330,6 @@ def test_a_worker_that_is_killed_ends_packing_in_one_line(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("facetrain.data.pack.make_shard", _die)
-        with pytest.raises(ValueError, match="out: a worker was killed, .* fewer --workers; called again"):
+        with pytest.raises(ValueError, match=r"out: a worker was killed, .* fewer --workers; called again"):
             pack([faces], tmp_path / "out", workers=1)
     assert pack([faces], tmp_path / "out", workers=1).identities == 30
