@@ -190,15 +190,17 @@ def embed_readable(
         nothing: it can't be read, or its embedding is zero or not finite.
     """
     unreadable: dict[int, str] = {}
+    names = [photographs.faces.names[image] for image in images]
 
     def decode(row: int, data: DataConfig) -> NDArray[np.uint8]:
         try:
             return photographs.decode(images[row], data)
         except ValueError as error:
             unreadable[images[row]] = str(error)
-            return np.zeros((data.image_px, data.image_px, data.channels), np.uint8)
+        except OSError as error:
+            unreadable[images[row]] = f"{names[row]}: {error.strerror or error}"
+        return np.zeros((data.image_px, data.image_px, data.channels), np.uint8)
 
-    names = [photographs.faces.names[image] for image in images]
     embeddings = embed_all([network], decode, names, options, world, batch_images=batch_images, progress=progress)
     # Over all ranks: each ends with what any of them couldn't read.
     unreadable = {image: why for some in world.all_gather_object(unreadable) for image, why in some.items()}

@@ -24,6 +24,8 @@ from facetrain.evaluation.retrieval import (
     RECALL_AT,
     Labels,
     Retrieval,
+    check_depths,
+    check_negatives,
     read_labels,
     retrieve,
     verify_against_negatives,
@@ -89,6 +91,9 @@ def retrieval_of_checkpoints(
 
     if left_out := faces.describe_skipped():
         say(left_out)
+    labels = read_labels(faces.identities)
+    check_depths(len(faces.names), recall_at=settings.recall_at)
+    check_negatives(labels, settings.negatives)
     check_out_folder(out)
     with start_world(options.device, REPORT_TIMEOUT_S) as world:
         embeddings = embed_all(networks, decode, faces.names, options, world)

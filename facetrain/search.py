@@ -213,7 +213,7 @@ class ClusteredIndex:
         import faiss
 
         num_clusters, width = centres_LD.shape
-        centres = centres_LD.numpy()
+        centres = centres_LD.cpu().numpy()
         quantizer = faiss.IndexFlatIP(width)
         quantizer.add(centres)
         self._index = faiss.IndexIVFScalarQuantizer(

@@ -96,6 +96,19 @@ def test_retrieval_takes_an_ensemble(synthetic: Path, runs: tuple[Path, Path], t
     assert figures[0]["map_at_r"] != figures[1]["map_at_r"]
 
 
+@pytest.mark.parametrize(("flag", "expected"), [("--recall-at", "recall_at"), ("--negatives", "negatives")])
+def test_a_depth_that_the_set_has_not_is_refused_before_embedding(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, expected: str
+) -> None:
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"embedding would fail")
+    words = ["retrieval", "--checkpoint", runs[0], "--images", tmp_path, flag, "1000", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main([*map(str, words), "--out", str(tmp_path / "out")])
+    assert f"{expected}: expected 1 to " in capsys.readouterr().err
+
+
 def test_the_command_takes_several_checkpoints(synthetic: Path, runs: tuple[Path, Path], tmp_path: Path) -> None:
     lfw("--checkpoint", *runs, *heldout(synthetic), "--out", tmp_path / "both")
     lfw("--checkpoint", runs[0], *heldout(synthetic), "--out", tmp_path / "first")

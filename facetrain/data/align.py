@@ -113,9 +113,10 @@ def points_from_file(file: Path) -> FindPoints:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        name, *words = line.split()
+        name, *words = line.strip().rsplit(maxsplit=10)
         numbers = _finite(words)
-        if numbers is None or len(numbers) != 10:
+        # A folder's name may hold blanks; a number after a blank is one too many rather than a part of the name.
+        if numbers is None or len(numbers) != 10 or _finite(name.split()[1:][-1:]):
             raise ValueError(f"{file}:{number}: expected a name and five points as x y, got {line.strip()!r}")
         key = _image_key(name)
         if key in points:

@@ -1,7 +1,6 @@
 """Images of anybody, to embed: folders, tars, lists of files, single files, and every source of labelled faces."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from facetrain.data.index import FileSlices, index_tar
 from facetrain.data.sources.faces import FaceSource, printable
-from facetrain.data.sources.folders import IMAGE_SUFFIXES, is_image
+from facetrain.data.sources.folders import IMAGE_SUFFIXES, images_below, is_image
 from facetrain.data.sources.opening import open_faces
 from facetrain.data.sources.recordio import records_of
 
@@ -65,6 +64,7 @@ def open_images(paths: Sequence[Path], listed: Sequence[str] = ()) -> ImageSet:
 
     Raises:
         FileNotFoundError: A path doesn't exist.
+        OSError: A folder can't be read.
         ValueError: A path holds no image or is damaged, or two images have one name; the message names it.
     """
     rows = [row for path in paths for row in _open(path)]
@@ -85,9 +85,7 @@ def _open(path: Path) -> list[_Row]:
     if records_of(path) is not None or path.suffix.lower() in _LABELLED:
         return _rows_of_faces(open_faces([path]))
     if path.is_dir():
-        files = (Path(root, file) for root, _, files in os.walk(path, followlinks=True) for file in files)
-        names = sorted(file.relative_to(path).as_posix() for file in files)
-        rows = [_file_row(name, path / name) for name in names if is_image(name)]
+        rows = [_file_row(name, path / name) for name, _ in sorted(images_below(path))]
     elif path.suffix.lower() == ".txt":
         rows = [_file_row(line, path.parent / line) for line in _lines(path)]
     elif path.suffix.lower() in IMAGE_SUFFIXES:

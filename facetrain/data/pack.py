@@ -9,8 +9,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, groupby
@@ -83,8 +85,8 @@ def pack(
     Raises:
         FileNotFoundError: A file doesn't exist.
         OSError: The disk is full.
-        ValueError: A setting is out of bounds, a source or list can't be read or has no usable image, or `out` holds
-            something else; one line that names it.
+        ValueError: A setting is out of bounds, a source or list can't be read or has no usable image, `out` holds
+            something else, or a worker was killed; one line that names it.
     """
     settings = PackSettings(
         image_px=image_px,
@@ -150,13 +152,19 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
     path = out / RECORDS / _JOB_FILE
     if path.is_file():
         found = json.loads(path.read_text())
-        differing = [f"{key} {found.get(key)!r} instead of {job[key]!r}" for key in job if found.get(key) != job[key]]
+        differing = [_difference(key, found.get(key), job[key]) for key in job if found.get(key) != job[key]]
         if differing:
             raise ValueError(f"{out}: holds another packing ({'; '.join(differing)}); give another folder or remove it")
         for part in chain(out.glob("*.tmp"), path.parent.glob("*.tmp")):  # of a run that was killed
             part.unlink(missing_ok=True)
         return
     write_text(path, json.dumps(job, indent=1) + "\n")
+
+
+def _difference(key: str, found: object, expected: object) -> str:
+    """Say how a packing differs; of checksums the first digits are enough."""
+    shown = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", f"{key} {found!r} instead of {expected!r}")
+    return f"{shown}: other images or names, or another --exclude or --merge" if key == "source" else shown
 
 
 def _plan(faces: FaceSource, settings: PackSettings) -> list[Task]:
@@ -193,6 +201,11 @@ def _run(job: Job, tasks: Sequence[Task], workers: int) -> list[Record]:
             relabellings = [((record, label), sum(record.num_images)) for record, label in moved]
             for record in _in_parallel(pool, relabel_shard, relabellings, "relabel"):
                 records[record.number] = record
+        except BrokenProcessPool:
+            raise ValueError(
+                f"{job.out}: a worker was killed, perhaps for want of memory: try fewer --workers; called again,"
+                " packing goes on"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

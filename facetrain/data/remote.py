@@ -23,6 +23,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
+from facetrain.masking import mask_secrets
+
 log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 18
@@ -61,7 +63,7 @@ class RemoteFolder:
         """Return where a file is, or the folder for '', for messages: without password and signature."""
         url = self.url_of(name) if name else self.url
         if url.startswith("pipe:"):
-            return url
+            return mask_secrets(url)
         parts = urlsplit(url)
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -235,7 +236,7 @@ def _recall(found_nK: Tensor, true_nK: Tensor) -> dict[str, float]:
 def _shape(file: Path) -> tuple[int, int]:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{file}: not a readable .npy file: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an .npz"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -19,11 +18,11 @@ from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.split import HeldoutPairs, IdentitySplit, heldout_pairs
 from facetrain.embed import embed_images
 from facetrain.evaluation.html_report import ReadPicture
-from facetrain.evaluation.inputs import ImageKey, check_people, face_set, image_name
+from facetrain.evaluation.inputs import ImageKey, check_people, face_set, image_name, unit_vectors
 from facetrain.evaluation.lfw import Evaluation, evaluate, metrics
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.verification import verify
-from facetrain.world import World
+from facetrain.world import REPORT_TIMEOUT_S, World
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class Judgement:
     """How good a network is."""
 
     heldout: Mapping[str, float]
-    """Verification of held-out identities by its keys, such as `accuracy`; empty where none are held out."""
+    """Verification of held-out identities by its keys, such as `accuracy`; empty where there are none, or no scores."""
     evaluation: Evaluation | None
     """The evaluation set; None where none is configured."""
     heldout_thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -113,10 +112,12 @@ class Judge:
         embeddings = None
         if self.faces is not None:
             embeddings = embed_faces(self.faces, backbone, self.config, world, mirror=mirror, progress=progress)
-        return world.on_main(lambda: self._compute(scores, embeddings))
+        # The other ranks wait for rank 0, on a large set longer than for any collective of a step.
+        with world.waiting_up_to(max(REPORT_TIMEOUT_S, world.timeout_s)):
+            return world.on_main(lambda: self._compute(scores, embeddings))
 
-    def _heldout_scores(self, backbone: nn.Module, world: World) -> NDArray[np.float32]:
-        """Return the score of each held-out pair, float32 [P]."""
+    def _heldout_scores(self, backbone: nn.Module, world: World) -> NDArray[np.float32] | None:
+        """Return the score of each held-out pair, float32 [P]; None where an embedding is zero, which has no score."""
         assert self.heldout is not None
         images, rows = np.unique(np.stack([self.heldout.image_a, self.heldout.image_b]), return_inverse=True)
 
@@ -133,7 +134,14 @@ class Judge:
             precision=self.config.train.precision,
             mirror=self.config.eval.mirror,
         )
-        unit_ID = torch.nn.functional.normalize(embeddings_ID, dim=1).cpu().numpy()
+        embeddings = embeddings_ID.cpu().numpy()
+        if num_zero := len(embeddings) - np.count_nonzero(embeddings.any(axis=1)):
+            if world.is_main:
+                _log.warning(
+                    f"heldout: not measured: the network embeds {num_zero:,} of {len(images):,} held-out images as zero"
+                )
+            return None
+        unit_ID = unit_vectors([f"held-out image {image}" for image in images.tolist()], embeddings)
         a, b = rows.reshape(2, -1)
         scores: NDArray[np.float32] = np.einsum("pd,pd->p", unit_ID[a], unit_ID[b])
         return scores

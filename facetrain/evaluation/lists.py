@@ -88,6 +88,8 @@ def read_lists(names: Sequence[str], request: Request) -> Lists:
     pairs = read_pairs(request.pairs) if request.pairs else None
     if is_lfw:
         _check_lfw(faces, pairs)
+    if pairs is not None and pairs.num_folds < 2:
+        raise ValueError(f"{pairs.path}: expected two folds or more, each judged by the others, got {pairs.num_folds}")
     view1 = None
     if request.view1:
         view1 = read_development_pairs(request.view1[0]), read_development_pairs(request.view1[1])

@@ -86,6 +86,28 @@ def read_labels(classes: ArrayLike) -> Labels:
     return Labels(label=label, members=members, counts=counts, queries=np.flatnonzero(counts[label] > 1))
 
 
+def check_depths(num_items: int, **depths: Sequence[int]) -> None:
+    """Check how far down the others of an item are looked at, by the names of the settings.
+
+    Raises:
+        ValueError: A K is out of bounds.
+    """
+    for name, ks in depths.items():
+        if not all(1 <= k < num_items for k in ks):
+            raise ValueError(f"{name}: expected 1 to {num_items - 1}, the number of others, got {list(ks)}")
+
+
+def check_negatives(labels: Labels, num_negatives: Sequence[int]) -> None:
+    """Check numbers of negatives.
+
+    Raises:
+        ValueError: An M is out of bounds.
+    """
+    num_others = len(labels.counts) - 1
+    if not all(1 <= num <= num_others for num in num_negatives):
+        raise ValueError(f"negatives: expected 1 to {num_others}, the number of other classes, got {[*num_negatives]}")
+
+
 def retrieve(
     embeddings: Embeddings,
     labels: Labels,
@@ -106,9 +128,7 @@ def retrieve(
     Raises:
         ValueError: A K is out of bounds.
     """
-    for name, ks in (("recall_at", recall_at), ("neighbours", neighbours)):
-        if not all(1 <= k < len(embeddings) for k in ks):
-            raise ValueError(f"{name}: expected 1 to {len(embeddings) - 1}, the number of others, got {list(ks)}")
+    check_depths(len(embeddings), recall_at=recall_at, neighbours=neighbours)
     items_ID = torch.from_numpy(embeddings).to(device)
     label_I, members_CM, counts_C, queries = (
         torch.from_numpy(x).to(device) for x in (labels.label, labels.members, labels.counts, labels.queries)
@@ -166,9 +186,7 @@ def verify_against_negatives(
 
     Source: Sohn 2016, verification rates at varying numbers of negatives.
     """
-    num_others = len(labels.counts) - 1
-    if not all(1 <= num <= num_others for num in num_negatives):
-        raise ValueError(f"negatives: expected 1 to {num_others}, the number of other classes, got {[*num_negatives]}")
+    check_negatives(labels, num_negatives)
     items_ID = torch.from_numpy(embeddings).to(device)
     won: dict[int, list[Tensor]] = {num: [] for num in num_negatives}
     for rows, scores_qI in similarity_blocks(items_ID[torch.from_numpy(labels.queries).to(device)], items_ID):

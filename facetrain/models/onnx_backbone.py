@@ -38,7 +38,8 @@ class OnnxBackbone(nn.Module):
         """Open the file.
 
         Raises:
-            ValueError: not an ONNX network of one input [B, C, H, H], C = 1 or 3; onnxruntime isn't installed.
+            ValueError: not an ONNX network of one input [B, C, H, H], C = 1 or 3, in float32, float16 or uint8; what it
+                states of its images doesn't fit its input; onnxruntime isn't installed.
             FileNotFoundError: there is no such file.
         """
         super().__init__()
@@ -47,7 +48,10 @@ class OnnxBackbone(nn.Module):
         self._session = _open(file)
         inputs = self._session.get_inputs()
         shape = inputs[0].shape
-        self._takes_bytes = inputs[0].type == "tensor(uint8)"
+        kind = inputs[0].type
+        if kind not in ("tensor(float)", "tensor(float16)", "tensor(uint8)"):
+            raise ValueError(f"{file}: expected an input of float, float16 or uint8, got {kind}")
+        self._takes_bytes, self._takes_halves = kind == "tensor(uint8)", kind == "tensor(float16)"
         if self._takes_bytes and len(shape) == 4:  # channels last
             shape = [shape[0], shape[3], *shape[1:3]]
         square = len(shape) == 4 and shape[2] == shape[3] and isinstance(shape[2], int)
@@ -64,14 +68,23 @@ class OnnxBackbone(nn.Module):
         """What images go through before the network."""
 
     def _guessed_data(self) -> DataConfig:
-        return DataConfig(image_px=self.image_px, colour="rgb" if self.channels == 3 else "grey")
+        # Straight to the network's size: by way of another, larger faces would lose detail.
+        return DataConfig(
+            shard_px=self.image_px, image_px=self.image_px, colour="rgb" if self.channels == 3 else "grey"
+        )
 
     def _stated_data(self, stated: str) -> DataConfig:
         """Read what `facetrain export` has written."""
         try:
-            return DataConfig(**json.loads(stated))
+            data = DataConfig(**json.loads(stated))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self._file}: damaged metadata {ONNX_DATA_KEY}: {error}") from None
+        if (data.channels, data.image_px) != (self.channels, self.image_px):
+            raise ValueError(
+                f"{self._file}: damaged metadata {ONNX_DATA_KEY}: expected {self.channels} channels of {self.image_px}"
+                f" px, as the input has, got {data.channels} of {data.image_px} px"
+            )
+        return data
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Embed a batch as `network_input` makes it, in [-1, 1]; float32 [B, D] on the device of the images."""
@@ -81,6 +94,8 @@ class OnnxBackbone(nn.Module):
         pixels = (images_BCHW.float() * 127.5 + (127.5 - self._pixels.mean)) / self._pixels.std
         if self._pixels.colour == "bgr":
             pixels = pixels.flip(1)
+        if self._takes_halves:
+            pixels = pixels.half()
         return self._run_blocks(pixels).to(images_BCHW.device, torch.float32)
 
     def _run_blocks(self, pixels: Tensor) -> Tensor:

@@ -112,11 +112,18 @@ def test_points_are_looked_up_whatever_the_suffix(tmp_path: Path) -> None:
     assert find(Photograph(image, "B/A_0001.jpg")) is None
 
 
+def test_names_in_a_list_of_points_may_hold_blanks(tmp_path: Path) -> None:
+    (tmp_path / "points.txt").write_text(LINE.replace("A/A_0001", "John Smith/1"))
+    find = points_from_file(tmp_path / "points.txt")
+    assert find(Photograph(np.zeros((1, 1, 3), np.uint8), "John Smith/1.png")) is not None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("A_0001 1 2 3", "points.txt:1: expected a name and five points as x y, got 'A_0001 1 2 3'"),
         (LINE.replace("38.2946", "left"), "points.txt:1: expected a name and five points"),
+        (f"{LINE} 1", "points.txt:1: expected a name and five points"),
         (LINE.replace("38.2946", "nan"), "points.txt:1: expected a name and five points"),
         (f"{LINE}\n{LINE}", r"points.txt:2: A/A_0001\.jpg stands twice"),
         ("\n", "points.txt: expected a name and five points a line, got an empty file"),

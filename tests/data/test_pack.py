@@ -243,7 +243,9 @@ def test_a_folder_of_something_else_is_refused(faces: Path, tmp_path: Path) -> N
     ):
         pack([faces], out, quality=80, seed=1, workers=1)
     other = write_faces(tmp_path / "other", {"Ann": 2})
-    with pytest.raises(ValueError, match=r"out: holds another packing \(source '"):
+    with pytest.raises(
+        ValueError, match=r"out: holds another packing \(source '\w{8}' instead of '\w{8}': other images"
+    ):
         pack([other], out, workers=1)
     assert files_of(out) == before
     with pytest.raises(ValueError, match="faces: expected a new or empty folder"):
@@ -317,3 +319,17 @@ def test_a_disk_that_fills_up_is_named_and_with_more_room_packing_goes_on(
     pack([faces], out, images_per_shard=10, workers=2)
     pack([faces], tmp_path / "whole", images_per_shard=10, workers=1)
     assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def _die(task: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_packing_in_one_line(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("facetrain.data.pack.make_shard", _die)
+        with pytest.raises(ValueError, match=r"out: a worker was killed, .* fewer --workers; called again"):
+            pack([faces], tmp_path / "out", workers=1)
+    assert pack([faces], tmp_path / "out", workers=1).identities == 30

@@ -181,3 +181,5 @@ def test_messages_hold_no_password_and_no_signature() -> None:
     assert remote.shown("a.tar") == "https://host:8080/shards/a.tar"
     assert remote.shown("") == "https://host:8080/shards/"
     assert remote_of("pipe:cat shards/{name}").shown("") == "pipe:cat shards/{name}"
+    command = remote_of("pipe:curl -u me:secret https://host/{name}")
+    assert command.shown("a.tar") == "pipe:curl -u *** https://host/a.tar"

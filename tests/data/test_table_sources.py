@@ -31,6 +31,17 @@ def test_a_csv_lists_files_with_their_labels(face_folder: FaceFolder, tmp_path: 
     assert source.read(2) == paths[2].read_bytes()
 
 
+def test_paths_that_slashes_alone_tell_apart_are_two_images(face_folder: FaceFolder, tmp_path: Path) -> None:
+    folder = face_folder({"Ann": 2})
+    (folder / "Ann/001.jpg").rename(folder / "Ann_000.jpg")
+    (folder / "list.csv").write_text("Ann_000.jpg,5\nAnn/000.jpg,5\n")
+    source = open_faces([folder / "list.csv"])
+    assert source.names == ("5/Ann%2F000.jpg", "5/Ann_000.jpg")
+    (folder / "list.csv").write_text("Ann/000.jpg,5\nAnn/000.jpg,5\n")
+    with pytest.raises(ValueError, match="occurs 2 times"):
+        open_faces([folder / "list.csv"])
+
+
 def test_lines_of_a_csv_that_cannot_be_used_are_listed(face_folder: FaceFolder, tmp_path: Path) -> None:
     folder = face_folder({"Ann": 1})
     (tmp_path / "list.csv").write_text(f"{folder}/Ann/000.jpg,Ann\nnowhere.jpg,Ann\n{folder}/Ann/000.jpg,\nfaces,a/b\n")

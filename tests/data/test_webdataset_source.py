@@ -122,3 +122,10 @@ def test_a_sample_name_that_leaves_the_tar_is_refused(tmp_path: Path) -> None:
     assert [member.name for member in index_tar(path)] == ["../1.jpg", "../1.cls"]
     with pytest.raises(ValueError, match=r"a\.tar: refused: member '\.\./1\.jpg' points outside of the tar"):
         open_faces([path])
+
+
+def test_keys_that_slashes_alone_tell_apart_are_two_images(images: list[bytes], tmp_path: Path) -> None:
+    members = {"a/b.jpg": images[0], "a/b.cls": b"5", "a_b.jpg": images[1], "a_b.cls": b"5"}
+    source = open_faces([write_tar(tmp_path / "s.tar", members)])
+    assert source.names == ("5/a%2Fb.jpg", "5/a_b.jpg")
+    assert [source.read(0), source.read(1)] == images[:2]

@@ -159,9 +159,10 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"crowd\.npy: not a readable \.npy file"):
         open_crowd([file])
-    file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"crowd\.npy: not a readable \.npy file"):
-        open_crowd([file])
+    for content in (b"", b"PK\x03\x04 no zip"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"crowd\.npy: not a readable \.npy file"):
+            open_crowd([file])
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])

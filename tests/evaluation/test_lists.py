@@ -47,6 +47,12 @@ def test_closed_lists_that_do_not_fit_are_refused(tmp_path: Path, gallery: str, 
         read_lists(NAMES, closed_lists(tmp_path, gallery, probes))
 
 
+def test_pairs_of_one_fold_are_refused_before_there_are_embeddings(tmp_path: Path) -> None:
+    (tmp_path / "pairs.txt").write_text("1\t1\nA\t1\t2\nA\t1\tB\t1\n")
+    with pytest.raises(ValueError, match=r"pairs\.txt: expected two folds or more, .* got 1"):
+        read_lists(NAMES, Request(pairs=tmp_path / "pairs.txt", dataset="drawn"))
+
+
 def test_view_1_is_a_figure_without_view_2(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("1\nA\t1\t2\nA\t1\tC\t1\n")
     (tmp_path / "test.txt").write_text("1\nB\t1\t2\nA\t2\tC\t1\n")

@@ -35,3 +35,13 @@ def test_a_crowd_on_the_device_scores_as_on_the_cpu(tmp_path):
     crowd = open_crowd([tmp_path / "crowd.npy"])
     on_cuda = search_crowd(corners(40), crowd, World(device=CUDA))
     assert np.array_equal(on_cuda.best, search_crowd(corners(40), crowd, World()).best)
+
+
+def test_clusters_of_a_crowd_are_searched_from_the_device(tmp_path):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    np.save(tmp_path / "crowd.npy", corners(900))
+    crowd = open_crowd([tmp_path / "crowd.npy"])
+    exact = search_crowd(corners(40), crowd, World(device=CUDA))
+    found = search_crowd(corners(40), crowd, World(device=CUDA), search="ivf")
+    assert np.all(found.best <= exact.best)
+    assert 0 < found.recall["ivf_recall_at_1"] <= 1

@@ -2,22 +2,35 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from facetrain.batch import network_input
-from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
+from facetrain.data.decode import present_face
+from facetrain.models.onnx_backbone import ONNX_DATA_KEY, OnnxBackbone, OnnxInput
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 
-def write_onnx(file: Path, *, batch: int | str = "n", channels: int = 3, px: int | str = 8, dim: int = 5) -> nn.Linear:
+def write_onnx(
+    file: Path,
+    *,
+    batch: int | str = "n",
+    channels: int = 3,
+    px: int | str = 8,
+    dim: int = 5,
+    dtype: torch.dtype = torch.float32,
+    stated: str | None = None,
+) -> nn.Linear:
     """Write a network that flattens its input and multiplies it; return the same as a layer."""
     torch.manual_seed(0)
     layer = nn.Linear(channels * int(px if px != "h" else 8) ** 2, dim)
-    tensor, helper = onnx.TensorProto.FLOAT, onnx.helper
+    weight, bias = (p.detach().to(dtype).numpy() for p in (layer.weight, layer.bias))
+    helper = onnx.helper
+    tensor = helper.np_dtype_to_tensor_dtype(weight.dtype)
     graph = helper.make_graph(
         [
             helper.make_node("Flatten", ["image"], ["flat"]),
@@ -27,11 +40,13 @@ def write_onnx(file: Path, *, batch: int | str = "n", channels: int = 3, px: int
         [helper.make_tensor_value_info("image", tensor, [batch, channels, px, px])],
         [helper.make_tensor_value_info("embedding", tensor, [batch, dim])],
         [
-            onnx.numpy_helper.from_array(layer.weight.detach().numpy(), "weight"),
-            onnx.numpy_helper.from_array(layer.bias.detach().numpy(), "bias"),
+            onnx.numpy_helper.from_array(weight, "weight"),
+            onnx.numpy_helper.from_array(bias, "bias"),
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    if stated:
+        helper.set_model_props(model, {ONNX_DATA_KEY: stated})
     file.write_bytes(model.SerializeToString())
     return layer
 
@@ -66,6 +81,33 @@ def test_grey_networks_have_one_channel(tmp_path: Path) -> None:
     assert backbone.channels == 1
     images = network_input(pixels(2, 1))
     torch.testing.assert_close(backbone(images), layer(images.flatten(1)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_half_precision_networks_get_half_precision(tmp_path: Path) -> None:
+    layer = write_onnx(tmp_path / "n.onnx", dtype=torch.float16)
+    images = network_input(pixels(3))
+    embeddings = OnnxBackbone(tmp_path / "n.onnx", OnnxInput())(images)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, layer(images.flatten(1)), rtol=0, atol=5e-3)
+
+
+def test_a_network_of_any_size_sees_images_resized_once(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "n.onnx", px=160)
+    backbone = OnnxBackbone(tmp_path / "n.onnx", OnnxInput())
+    face = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+    assert np.array_equal(present_face(face, backbone.data), face)
+
+
+def test_inputs_of_another_kind_than_expected_are_refused(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "n.onnx", dtype=torch.float64)
+    expected = r"n\.onnx: expected an input of float, float16 or uint8, got tensor\(double\)"
+    with pytest.raises(ValueError, match=expected):
+        OnnxBackbone(tmp_path / "n.onnx", OnnxInput())
+    write_onnx(tmp_path / "n.onnx", stated='{"image_px": 40, "colour": "grey"}')
+    expected = r"n\.onnx: .* facetrain\.data: expected 3 channels of 8 px, as the input has, got 1 of 40 px"
+    with pytest.raises(ValueError, match=expected):
+        OnnxBackbone(tmp_path / "n.onnx", OnnxInput())
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

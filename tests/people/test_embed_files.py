@@ -1,6 +1,8 @@
 """`facetrain embed`: sources, unreadable images, interruption, ranks."""
 
+import errno
 import io
+import os
 import shutil
 import sys
 import tarfile
@@ -15,7 +17,10 @@ import facetrain
 from facetrain import embed_files
 from facetrain.cli import main
 from facetrain.data.images import open_images
+from facetrain.data.sources import open_faces
 from facetrain.evaluation.inputs import load_embeddings_npz
+from facetrain.networks import EmbedOptions, Photographs, embed_readable, open_network
+from facetrain.world import start_world
 
 
 def embed(*words: str | Path) -> None:
@@ -57,6 +62,38 @@ def test_tars_lists_files_and_stdin_hold_the_same_images(
     content = (pictures / "3.jpg").read_bytes()
     assert in_tar.read(1) == in_list.read(0) == open_images([pictures / "3.jpg"]).read(0) == content
     assert open_images([], ["pictures/3.jpg"]).read(0) == content
+
+
+def test_a_file_that_cannot_be_opened_is_an_unreadable_image(pictures: Path, run: Path, tmp_path: Path) -> None:
+    faces = open_faces([pictures / "deep"])
+    (pictures / "deep" / "er" / "1.jpg").unlink()
+    options = EmbedOptions(device="cpu")
+    network = open_network(run, options.onnx)
+    with start_world("cpu", 60) as world:
+        _, unreadable = embed_readable(network, Photographs(faces, None), [0, 1], options, world)
+    assert unreadable == {1: "er/1.jpg: No such file or directory"}
+
+
+def test_links_in_circles_are_walked_once(pictures: Path) -> None:
+    (pictures / "self").symlink_to(".")
+    (pictures / "deep" / "up").symlink_to("..")
+    for one, other in ("ab", "ba"):
+        (pictures / one).mkdir()
+        (pictures / one / "to").symlink_to(Path("..", other))
+    assert open_images([pictures]).names == ("2.jpg", "3.jpg", "4.jpg", "deep/er/0.jpg", "deep/er/1.jpg")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = os.scandir
+
+    def scandir(path: Path | str) -> "os._ScandirIterator[str]":
+        if Path(path).name == "er":  # chmod would not stop root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="deep/er"):
+        open_images([pictures])
 
 
 def test_images_that_cannot_be_read_are_listed_and_left_out(

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from facetrain.data.sources.faces import LABEL_KEYS, Face, Found, SkippedImage, label_fault, printable
+from facetrain.data.sources.faces import LABEL_KEYS, Face, Found, SkippedImage, flat_names, label_fault, printable
 from facetrain.data.sources.folders import ImageFiles
 
 PATH_KEYS = ("path", "file", "filename", "image")
@@ -16,7 +16,7 @@ def open_csv(path: Path) -> Found:
 
     A header names the columns, such as path and label, in any order and among others; without a header there are
     two, path and label. Paths are absolute or relative to the CSV's folder. An image is called `LABEL/PATH`, the
-    path's slashes written as underscores.
+    path's slashes written as underscores; see `flat_names`.
 
     Raises:
         ValueError: The CSV can't be read, or no image of it exists; the message names it, and the line.
@@ -29,11 +29,13 @@ def open_csv(path: Path) -> Found:
             skipped.append(SkippedImage(printable(file), fault or "bad name: control characters"))
             continue
         size = (path.parent / file).stat().st_size
-        faces.append(Face(label, f"{label}/{file.replace('/', '_')}", len(files), size))
+        faces.append(Face(label, file, len(files), size))
         files.append(file)
     if not faces:
         found = f", found '{skipped[0].name}': {skipped[0].reason}" if skipped else ""
         raise ValueError(f"{path}: no images in it: expected lines of path,label{found}")
+    names = flat_names([(face.identity, face.name) for face in faces])
+    faces = [face._replace(name=name) for face, name in zip(faces, names, strict=True)]
     return Found(faces, skipped, ImageFiles(path.parent, tuple(files)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -120,6 +121,19 @@ class FaceSource:
 
     def _reader(self, image: int) -> Reader:
         return self._readers[int(self._reader_of[image])]
+
+
+def flat_names(faces: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the name `LABEL/PATH` of each label and path, the path's slashes written as _.
+
+    Where two paths of a label would have one name, theirs are written as %2F instead.
+    """
+    names = [f"{label}/{path.replace('/', '_')}" for label, path in faces]
+    count = Counter(name for name, _ in set(zip(names, faces, strict=True)))
+    return [
+        name if count[name] == 1 else f"{label}/{path.replace('/', '%2F')}"
+        for name, (label, path) in zip(names, faces, strict=True)
+    ]
 
 
 def label_fault(label: str) -> str | None:

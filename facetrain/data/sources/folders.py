@@ -53,7 +53,7 @@ def open_folder(folder: Path) -> Found:
 
     Links are followed. Hidden files, `__MACOSX` and files without an image's suffix are passed over.
     """
-    files = list(_files_below(folder))
+    files = list(images_below(folder))
     entries = [
         Entry(name, row, (folder / name).stat().st_size if is_file else 0, is_file)
         for row, (name, is_file) in enumerate(files)
@@ -88,8 +88,14 @@ def is_image(name: str) -> bool:
     return not hidden and path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _files_below(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the images below a folder, and whether each is a file."""
+def images_below(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the paths of the images below a folder, relative to it, and whether each is a file.
+
+    Links are followed, but for those that lead in circles.
+
+    Raises:
+        OSError: A folder can't be read.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -106,7 +112,10 @@ def _files_below(folder: Path) -> Iterator[tuple[str, bool]]:
 def _is_circle(folder: Path, name: str) -> bool:
     """Whether a folder is a link to one of those that lead to it."""
     path = folder / name
-    return path.is_symlink() and folder.resolve().is_relative_to(path.resolve())
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return any(above.resolve().is_relative_to(target) for above in (folder, *folder.parents))
 
 
 def _shared_lead(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from facetrain.data.index import FileSlices, index_tar
-from facetrain.data.sources.faces import LABEL_KEYS, Face, Found, SkippedImage, label_fault, printable
+from facetrain.data.sources.faces import LABEL_KEYS, Face, Found, SkippedImage, flat_names, label_fault, printable
 from facetrain.data.sources.folders import Entry, by_folder, is_image
 
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -99,12 +99,12 @@ def _by_sample(path: Path, entries: Sequence[Entry], classes: Mapping[str, str],
         if fault:
             skipped += [SkippedImage(printable(each.name), fault) for each in (entry, *others)]
         else:
-            # An identity's images are told apart by their keys, whose folders have nothing to say here.
-            face_name = f"{classes[key]}/{entry.name.replace('/', '_')}"
-            faces.append(Face(classes[key], face_name, entry.place, entry.size_bytes))
+            faces.append(Face(classes[key], entry.name, entry.place, entry.size_bytes))
     if not faces:
         raise ValueError(f"{path}: no images in it: expected WebDataset samples of an image and a .cls or .json")
-    return Found(faces, skipped, reader)
+    # An identity's images are told apart by their keys, whose folders have nothing to say here.
+    names = flat_names([(face.identity, face.name) for face in faces])
+    return Found([face._replace(name=name) for face, name in zip(faces, names, strict=True)], skipped, reader)
 
 
 def _fault(entry: Entry, others: Sequence[Entry], label: str | None) -> str | None:
