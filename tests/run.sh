@@ -12,6 +12,7 @@ if [[ "${1:-}" == --all ]]; then
     shift
 fi
 make_environment dev
+cores="$(nproc)" # which OMP_NUM_THREADS would make one
 export OMP_NUM_THREADS=1 FACETRAIN_SHARE_CORES=0 # several tests share the cores
 
 failed=()
@@ -24,6 +25,6 @@ run ruff check .
 run mypy
 run lint-imports
 [[ ${#failed[@]} == 0 ]] || printf '\nfailed so far: %s\n' "$(IFS=, && echo "${failed[*]}")"
-# Last, so that the output ends with its summary. One more at a time than there are cores, since many wait for processes.
-run python3 -m pytest --numprocesses $(($(nproc) + 1)) --dist loadgroup "${marks[@]}" "$@"
+# Last, so that the output ends with its summary.
+run python3 -m pytest --numprocesses "$cores" --dist loadgroup "${marks[@]}" "$@"
 exit $((${#failed[@]} > 0))
