@@ -2,7 +2,6 @@
 
 import logging
 
-from facetrain.command_line import config_yaml
 from facetrain.config import Config
 from facetrain.engine import Engine
 from facetrain.inputs import Inputs
@@ -18,7 +17,7 @@ log = logging.getLogger("facetrain.train")
 def announce(
     config: Config, inputs: Inputs, folder: RunFolder, engine: Engine, miner: Miner | None, world: World, *, step: int
 ) -> None:
-    """Log the config, the data, the network and the plan, and what of them is worth a warning.
+    """Log the settings, the data, the network and the plan, and what of them is worth a warning.
 
     Args:
         config: Of the run.
@@ -29,7 +28,9 @@ def announce(
         world: Its ranks.
         step: Where it begins.
     """
-    log.info(f"config\n{mask_secrets(config_yaml(config)).rstrip()}")
+    defaults = Config().flat()
+    settings = "".join(f"\n  {key}: {value}" for key, value in config.flat().items() if value != defaults[key])
+    log.info(mask_secrets(f"settings that aren't the defaults; {folder.path / 'config.yaml'} has all{settings}"))
     _announce_data(config, inputs)
     parameters = sum(p.numel() for p in engine.backbone.parameters())
     log.info(f"{config.model.name}: {parameters / 1e6:.2f} million parameters, on {world.device}")
