@@ -124,6 +124,7 @@ def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_siz
     assert f"{cut} is finished" in finished
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(synthetic, tmp_path):
     words = flags(synthetic, tmp_path / "run", train__steps=100_000, train__save_every_steps=100_000)
     job = psutil.Popen(torchrun(2, *words), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
@@ -237,6 +238,7 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
     check("mining.table_probes", 0, expected=("mining.table_probes", "1 or more", "0"))
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_ends_all_ranks_and_names_the_batch(synthetic, tmp_path):
     run_dir = tmp_path / "run"
     more = {"train__optimizer": "sgd", "train__learning_rate": 1e30, "mining__mode": "off", "model__norm": "none"}

@@ -115,7 +115,7 @@ def reference_training():
     return first_norm, gradient, losses
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(w, marks=pytest.mark.slow) for w in (1, 3, 4))])
+@pytest.mark.parametrize("world_size", [1, *(pytest.param(w, marks=pytest.mark.slow) for w in (2, 3, 4))])
 def test_training_through_the_engine_equals_one_process_at_every_zero_stage(world_size):
     expected_norm, expected_gradient, expected_losses = reference_training()
     for outcomes in run_ranks(train_through_engine, world_size, (0, 1, 2, 3), timeout_s=240):

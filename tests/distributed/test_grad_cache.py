@@ -118,6 +118,7 @@ def updates(world):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_updates_in_chunks_are_those_at_once_at_every_zero_stage(world_size):
     for changed in run_ranks(updates, world_size):
