@@ -59,7 +59,10 @@ class DataConfig:
     prefetch: int = 4
     """Batches that each worker holds ready."""
     start_method: Literal["fork", "spawn"] = "fork"
-    """How workers start: forked in milliseconds, or spawned in seconds, for what doesn't survive a fork."""
+    """How workers start: forked in milliseconds, or spawned in seconds, for what doesn't survive a fork.
+
+    PyTorch advises against forking beside NCCL over InfiniBand.
+    """
 
     def __post_init__(self) -> None:
         """Check the bounds."""

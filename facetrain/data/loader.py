@@ -41,8 +41,7 @@ class PairLoader:
     for step s is called take effect from step s + A on, and `first_undrawn_step` is that step. Without workers A is 0.
 
     Workers are forked on Linux, unless `data.start_method` says otherwise: they start in milliseconds where spawn takes
-    seconds to import torch, and share the class table's memory. They touch neither CUDA nor the process group, so it
-    doesn't matter whether those are up.
+    seconds to import torch, and share the class table's memory. They touch neither CUDA nor the process group.
     """
 
     def __init__(
