@@ -225,11 +225,11 @@ class Gallery:
             best = np.sort(first[distinct >= 0])[:k]
             scores[query, : len(best)], persons[query, : len(best)] = values[query, best], groups[query, best]
 
+    @cached_property
     def stranger_scores(self) -> NDArray[np.float32]:
-        """Return how alike its own images are to other people: what a stranger's best score here looks like.
+        """How alike its own images are to other people: what a stranger's best score here looks like.
 
-        Returns:
-            float32 [n], of n = min(I, 2000) images, evenly chosen: the best score among people who aren't theirs.
+        float32 [n], of n = min(I, 2000) images, evenly chosen: the best score among people who aren't theirs.
         """
         rows = np.unique(np.linspace(0, len(self.names) - 1, min(len(self.names), _MOST_STRANGERS)).astype(np.int64))
         scores, persons = self.search(self.embeddings[rows], 2)

@@ -65,12 +65,15 @@ class Decision:
         if self.far is None:
             return self.threshold, "scores alone" if self.threshold is None else f"threshold {self.threshold:.4f}"
         file = self.results or (network / "results.json" if network else None)
+        is_asked_for = bool(self.results or self.protocol)
+        if self.protocol == _GALLERY or (file is None and not is_asked_for):
+            return self._of_gallery(gallery, self.far)
+        if file is None:
+            raise ValueError("--protocol: expected --results, since these embeddings are of no known run")
         try:
-            if file is None or self.protocol == _GALLERY:
-                return self._of_gallery(gallery, self.far)
             threshold, protocol = threshold_from_results(file, self.far, self.protocol)
         except ValueError:
-            if self.results or self.protocol:
+            if is_asked_for:
                 raise
             return self._of_gallery(gallery, self.far)
         return threshold, f"threshold {threshold:.4f}, of {protocol} at FAR {self.far:g} in {file}"
@@ -79,7 +82,7 @@ class Decision:
     def _of_gallery(gallery: Gallery, far: float) -> tuple[float, str]:
         if len(gallery.persons) < 2:
             raise ValueError("--far: expected two people or more in the gallery to take a threshold from, got one")
-        threshold = at_far(gallery.stranger_scores(), far).threshold
+        threshold = at_far(gallery.stranger_scores, far).threshold
         return threshold, f"threshold {threshold:.4f}, of the gallery's own images among other people at FAR {far:g}"
 
 
@@ -124,7 +127,7 @@ def update_gallery(
         gallery = gallery.without(remove)
         if faces.images or faces.embeddings:
             network = _network_of(gallery, faces)
-            if network and not is_new:
+            if network:
                 _warn_of_differences(gallery, options)
             found = _embed(faces, network, options, folder / "unreadable.txt", are_known=True, pictures=pictures)
             gallery = gallery.with_images(found.names, found.people, found.embeddings, found.pictures)
@@ -176,8 +179,9 @@ def search_gallery(
         verdict = {True: "known    ", False: "unknown  ", None: ""}[row["is_known"]]
         say(f"{row['image']}  {verdict}{matches}")
     say(about)
-    if threshold is not None:
-        say(_counts(gallery, rows, threshold))
+    counts = "" if threshold is None else _counts(gallery, rows, threshold)
+    if counts:
+        say(counts)
     if out:
         record = {"gallery": str(folder), "decision": about, "images": rows}
         write_text(out / "search.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -185,9 +189,8 @@ def search_gallery(
             [gallery.pictures[gallery.best_image(query, person)] for person in some.tolist() if person >= 0]
             for query, some in zip(found.embeddings, persons, strict=True)
         ]
-        counts = f"{len(gallery.persons):,} people in {folder}; {about}"
-        counts += f"; {_counts(gallery, rows, threshold)}" if threshold is not None else ""
-        write_text(out / "search.html", search_page(rows, found.pictures, best, counts))
+        head = "; ".join(filter(None, (f"{len(gallery.persons):,} people in {folder}", about, counts)))
+        write_text(out / "search.html", search_page(rows, found.pictures, best, head))
         say(f"pictures  {out / 'search.html'}")
 
 
@@ -196,7 +199,7 @@ def _counts(gallery: Gallery, rows: Sequence[Mapping[str, Any]], threshold: floa
     counts = f"{sum(row['is_known'] for row in rows):,} of {len(rows):,} faces are known"
     if len(gallery.persons) < 2:
         return counts
-    accepted = np.mean(gallery.stranger_scores() >= np.float64(threshold))
+    accepted = np.mean(gallery.stranger_scores >= np.float64(threshold))
     return f"{counts}; of the gallery's own images, looked for among the other people, {accepted:.1%} would be"
 
 
@@ -215,7 +218,9 @@ def _row(
 
 
 def _warn_of_differences(gallery: Gallery, options: EmbedOptions) -> None:
-    """Say where images are embedded in another way than the gallery's."""
+    """Say where images are embedded in another way than the gallery's, as far as that is known."""
+    if not gallery.network:
+        return
     if gallery.is_aligned and not (options.detector or options.landmarks):
         say("warning: the gallery's photographs were aligned; without --detector these are taken as aligned faces")
     if gallery.is_mirrored != options.mirror:

@@ -120,6 +120,10 @@ def test_a_gallery_gives_a_threshold_where_no_evaluation_does(
         assert "40 of 40 faces are known" in printed
         assert f"looked for among the other people, {share:.1%} would be" in printed
 
+    with pytest.raises(SystemExit):
+        run_main("search", tmp_path / "g", "--embeddings", tmp_path / "e.npz", "--far", "0.1", "--protocol", "heldout")
+    assert "--protocol: expected --results" in capsys.readouterr().err
+
 
 def test_a_search_unlike_the_gallery_is_warned_of(
     synthetic: Path, run: Path, face_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
