@@ -114,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--leaders", type=int, default=4, help="methods that run with three seeds")
     parser.add_argument("--processes", type=int, default=1, help="of a run, by torchrun")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="by default the config's")
     names = (*METHODS, *SHAPES)
     parser.add_argument("--methods", nargs="+", choices=names, default=list(METHODS), metavar="NAME")
     parser.add_argument("--show", action="store_true", help="run nothing, print what is there")
@@ -244,6 +245,7 @@ def flags_of(run: Run, folder: Path, args: argparse.Namespace) -> dict[str, obje
         "mining.warmup_steps": steps // 4,  # an untrained network's neighbours mean nothing
         "eval.every_steps": 0,
         "tracking.backend": "none",
+        **({"train.precision": args.precision} if args.precision else {}),
         **(evaluation if run.stage == "final" else {}),
         **method.flags,
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from facetrain.checkpoint.weights import weights_file
 from facetrain.command_line import say
 from facetrain.config import RunConfig
 from facetrain.data.embeddings_parquet import check_parquet, write_embeddings_parquet
@@ -21,7 +20,15 @@ from facetrain.data.manifest import combined_sha256, write_text
 from facetrain.embed import fitting_batch
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.lock import hold_folder
-from facetrain.networks import EmbedOptions, Network, Photographs, embed_readable, open_aligner, open_network
+from facetrain.networks import (
+    EmbedOptions,
+    Network,
+    Photographs,
+    embed_readable,
+    network_sha256,
+    open_aligner,
+    open_network,
+)
 from facetrain.world import World, start_world
 
 PART_IMAGES = 8192
@@ -63,11 +70,6 @@ def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out:
 
 def _stdin_lines() -> list[str]:
     return [line.strip() for line in sys.stdin if line.strip()]
-
-
-def network_sha256(file: Path) -> str:
-    """Return the checksum of a network's weights, wherever they lie."""
-    return combined_sha256([file if file.suffix == ".onnx" else weights_file(file)])
 
 
 def _plan_of(run: Path, images: ImageSet, options: EmbedOptions) -> dict[str, object]:

@@ -28,7 +28,7 @@ from facetrain.evaluation.judge import PICTURE_PX, pictures_of
 from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.report import check_out_folder, report_to_folder
-from facetrain.networks import Device, EmbedOptions, Photographs, embed_all, open_network
+from facetrain.networks import Device, EmbedOptions, Photographs, embed_all, network_sha256, open_network
 from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
 BIN_FOLDS = 10
@@ -134,7 +134,9 @@ def evaluate_checkpoints(
         def report() -> None:
             evaluation = replace(evaluate(names, embeddings, request, scores), not_aligned=not_aligned)
             read_picture = pictures_of(photographs.faces, names)
-            report_to_folder(evaluation, out, subject=_listed(checkpoints), read_picture=read_picture)
+            sha256 = network_sha256(checkpoints[0]) if len(checkpoints) == 1 else ""
+            subject = _listed(checkpoints)
+            report_to_folder(evaluation, out, subject=subject, network_sha256=sha256, read_picture=read_picture)
 
         world.on_main(report)
 

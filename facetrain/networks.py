@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from facetrain.checkpoint.weights import load_backbone
+from facetrain.checkpoint.weights import load_backbone, weights_file
 from facetrain.config import DataConfig
 from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
 from facetrain.data.decode import decode_face, present_face
+from facetrain.data.manifest import combined_sha256
 from facetrain.data.photograph import Photograph
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.embed import BATCH_IMAGES, embed_images
@@ -50,6 +51,11 @@ class Network:
     backbone: nn.Module
     data: DataConfig
     precision: Literal["float32", "bfloat16"]
+
+
+def network_sha256(file: Path) -> str:
+    """Return the checksum of a network's weights, wherever they lie."""
+    return combined_sha256([file if file.suffix == ".onnx" else weights_file(file)])
 
 
 def open_network(file: Path, onnx: OnnxInput) -> Network:

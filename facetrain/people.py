@@ -14,17 +14,19 @@ from facetrain.data.decode import thumbnail
 from facetrain.data.images import open_images
 from facetrain.data.manifest import write_text
 from facetrain.data.sources import open_faces
-from facetrain.embed_files import list_unreadable, network_sha256
+from facetrain.embed_files import list_unreadable
 from facetrain.evaluation.inputs import image_key, load_embeddings_npz, unit_vectors
-from facetrain.evaluation.threshold import at_far, threshold_from_results
+from facetrain.evaluation.threshold import at_far, threshold_from_results, weights_of_results
 from facetrain.gallery import GALLERY_FILE, Gallery, Kind
 from facetrain.lock import hold_folder
-from facetrain.networks import EmbedOptions, Photographs, embed_readable, open_aligner, open_network
+from facetrain.networks import EmbedOptions, Photographs, embed_readable, network_sha256, open_aligner, open_network
 from facetrain.search_page import search_page
 from facetrain.world import World
 
 PICTURE_PX = 112
 """Side of the pictures that a gallery keeps."""
+_SAID = 20
+"""Faces of which the terminal shows the people, where a file has all of them."""
 _GALLERY = "gallery"
 """The protocol that takes a threshold from the gallery itself."""
 
@@ -76,6 +78,8 @@ class Decision:
             if is_asked_for:
                 raise
             return self._of_gallery(gallery, self.far)
+        if gallery.network_sha256 and weights_of_results(file) not in ("", gallery.network_sha256):
+            say(f"warning: {file} is of other weights than the gallery's: its threshold isn't meant for these scores")
         return threshold, f"threshold {threshold:.4f}, of {protocol} at FAR {self.far:g} in {file}"
 
     @staticmethod
@@ -174,10 +178,12 @@ def search_gallery(
         _row(gallery, name, own_scores, own_persons, threshold)
         for name, own_scores, own_persons in zip(found.names, scores, persons, strict=True)
     ]
-    for row in rows:
+    for row in rows if out is None else rows[:_SAID]:
         matches = "  ".join(f"{match['person']} {match['score']:.3f}" for match in row["matches"])
         verdict = {True: "known    ", False: "unknown  ", None: ""}[row["is_known"]]
         say(f"{row['image']}  {verdict}{matches}")
+    if out and len(rows) > _SAID:
+        say(f"... and {len(rows) - _SAID:,} more in {out / 'search.json'}")
     say(about)
     counts = "" if threshold is None else _counts(gallery, rows, threshold)
     if counts:

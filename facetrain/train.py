@@ -26,10 +26,12 @@ from facetrain.engine import Engine, learning_rate_at
 from facetrain.evaluation.judge import Judgement
 from facetrain.evaluation.model_card import write_model_card
 from facetrain.evaluation.report import format_table, write_report, write_results
+from facetrain.evaluation.threshold import NETWORK_KEY
 from facetrain.inputs import Inputs, check_same_shards, open_inputs, share_out
 from facetrain.losses.build import build_loss
 from facetrain.mining.miner import Miner
 from facetrain.models import Backbone, build_backbone, convert_sync_batchnorm
+from facetrain.networks import network_sha256
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
 from facetrain.tracking import Tracker
@@ -301,7 +303,7 @@ class Run:
                 write_report(judgement.evaluation, path, subject=str(path), read_picture=self.judge.read_picture)
             card = write_model_card(path, self.config, self.inputs.shards.manifest, judgement.results(), git_commit())
             self.tracker.describe(card)
-            write_results(judgement.results(), path)
+            write_results(judgement.results() | {NETWORK_KEY: network_sha256(path)}, path)
             self.tracker.artifacts(*(path / name for name in _TRACKED_FILES))
             self.tracker.model(path)
             if state.best_step >= 0:

@@ -82,4 +82,5 @@ run       quickstart/run       run this script again: it goes on where it stoppe
 report    quickstart/run/report.html${lfw:+
 LFW       quickstart/lfw}
 MLflow    $(command -v mlflow) ui --backend-store-uri $MLFLOW_TRACKING_URI
+          then http://127.0.0.1:5000/#/experiments?workflowType=machine_learning
 TEXT

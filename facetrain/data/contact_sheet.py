@@ -57,7 +57,8 @@ def _block(shards: ShardSet, label: int) -> _Picture:
     num_faces = min(end - first, _MAX_FACES)
     block = _white(_CAPTION_PX + CELL_PX + 2 * _GAP_PX, num_faces * (CELL_PX + _GAP_PX) + 2 * _GAP_PX)
     _write(block, shards.table.names[label], 14)
-    _write(block, f"{end - first} image{'s' if end > first + 1 else ''}", 29)
+    more = f", first {num_faces}" if end - first > num_faces else ""
+    _write(block, f"{end - first} image{'s' if end > first + 1 else ''}{more}", 29)
     for column, image in enumerate(range(first, first + num_faces)):
         face = read_image(shards.read(image), cv2.IMREAD_COLOR_RGB, shards.where(image))
         left = column * (CELL_PX + _GAP_PX)

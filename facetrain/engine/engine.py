@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from facetrain.config import TrainConfig
+from facetrain.engine.host_memory import keep_freed_memory
 from facetrain.engine.start import start_deepspeed
 from facetrain.world import World
 
@@ -23,6 +24,8 @@ class Engine:
     def __init__(self, backbone: nn.Module, config: TrainConfig, world: World, *, pairs_per_rank: int) -> None:
         self.world = world
         self.config = config
+        if world.device.type == "cpu":
+            keep_freed_memory()
         # Inputs are channels_last, weights are not: DeepSpeed broadcasts and flattens parameters as dense rows.
         self.backbone = backbone.to(world.device)
         self._statistics = [

@@ -26,7 +26,7 @@ def _initialize(backbone: nn.Module, config: TrainConfig, world: World, *, pairs
     num_parameters = sum(p.numel() for p in backbone.parameters())
     engine, *_ = deepspeed.initialize(
         model=_Compiled(backbone) if config.compile else backbone,
-        optimizer=_optimizer(backbone, config, fused=world.device.type == "cuda"),
+        optimizer=_optimizer(backbone, config),
         config={
             "train_micro_batch_size_per_gpu": 2 * micro_pairs,
             "gradient_accumulation_steps": pairs_per_rank // micro_pairs,
@@ -112,8 +112,8 @@ class _Compiled(nn.Module):
         return self._call(images_BCHW)  # type: ignore[no-any-return]
 
 
-def _optimizer(backbone: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """Weight decay acts on kernels and weight matrices alone, as is usual; `fused` updates in one kernel a group."""
+def _optimizer(backbone: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Weight decay acts on kernels and weight matrices alone, as is usual; fused, an update is one pass over memory."""
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -121,5 +121,5 @@ def _optimizer(backbone: nn.Module, config: TrainConfig, *, fused: bool) -> torc
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)

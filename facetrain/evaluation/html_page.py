@@ -80,9 +80,10 @@ def _cell(words: str) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --card: #f5f6f8; --ink: #1b1f24; --quiet: #59636e;
-  --line: #d5dae0; --accent: #0b63a5; }
+  --line: #d5dae0; --accent: #0b63a5; --shadow: #59636e99; }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #14171b; --card: #1e2329; --ink: #e6e9ed; --quiet: #9da7b3; --line: #353c45; --accent: #6cb6ff; } }
+  :root { --ground: #14171b; --card: #1e2329; --ink: #e6e9ed; --quiet: #9da7b3; --line: #353c45; --accent: #6cb6ff;
+    --shadow: #9da7b399; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -97,7 +98,13 @@ p { margin: 0.5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.75rem 1rem; }
 .tile p { margin: 0; }
 .tile .value { font-size: 1.6rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 0.5rem; margin: 0.75rem 0; }
+/* A shadow at a side where a table goes on: covers of the ground's colour scroll with it, shadows stay. */
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 0.5rem; margin: 0.75rem 0;
+  background:
+    linear-gradient(to right, var(--ground) 50%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--ground) 50%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to right, var(--shadow), transparent) left / 1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shadow), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.45rem 0.8rem; text-align: right; white-space: nowrap; vertical-align: top; }
 thead th { background: var(--card); color: var(--quiet); font-weight: 600; vertical-align: bottom; }

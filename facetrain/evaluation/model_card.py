@@ -26,11 +26,18 @@ says nothing of age, sex, origin, mood or intent.
 ## Limits
 
 - It knows what its training identities had: see the manifest's source. Whom they leave out, it tells apart worse.
-- LFW is a narrow set, mostly of public figures, with known label errors. Its figures say little of any one group:
-  `facetrain lfw --groups` reports groups apart.
+{of_the_test_set}
 - Faces must be aligned as in training; photographs through `--detector` are.
 - Weights of face data may themselves be personal data, and carry the licence terms of the set.
 """
+
+
+_OF_LFW = """\
+- LFW is a narrow set, mostly of public figures, with known label errors. Its figures say little of any one group:
+  `facetrain lfw --groups` reports groups apart."""
+_OF_ANOTHER_SET = """\
+- Figures are of the set that they stand beside; on other cameras, poses and people, they are others.
+  `facetrain lfw --groups` reports groups of people apart."""
 
 
 def write_model_card(folder: Path, config: Config, manifest: Manifest, results: Mapping[str, Any], commit: str) -> str:
@@ -43,7 +50,8 @@ def write_model_card(folder: Path, config: Config, manifest: Manifest, results: 
         results: As results.json holds them.
         commit: Git revision of the code; empty where it isn't known.
     """
-    card = "\n".join([*_head(config, manifest, commit), *_results(results, config), _USE])
+    use = _USE.format(of_the_test_set=_OF_LFW if config.eval.dataset == "lfw" else _OF_ANOTHER_SET)
+    card = "\n".join([*_head(config, manifest, commit), *_results(results, config), use])
     whole = f"{card}\n## Config\n\n```yaml\n{mask_secrets(config_yaml(config)).rstrip()}\n```\n"
     aside = folder / f".{MODEL_CARD_FILE}.{os.getpid()}"
     aside.write_text(whole, encoding="utf-8")

@@ -19,6 +19,7 @@ from facetrain.evaluation.html_report import ReadPicture, write_html
 from facetrain.evaluation.identification import ClosedSet, OpenSet
 from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation, evaluate
 from facetrain.evaluation.lists import Request
+from facetrain.evaluation.threshold import NETWORK_KEY
 from facetrain.evaluation.verification import Verification, View1
 
 FEW_IMPOSTORS = 10
@@ -45,11 +46,20 @@ def evaluate_to_folder(
 
 
 def report_to_folder(
-    evaluation: Evaluation, out: Path, *, subject: str = "", read_picture: ReadPicture | None = None
+    evaluation: Evaluation,
+    out: Path,
+    *,
+    subject: str = "",
+    network_sha256: str = "",
+    read_picture: ReadPicture | None = None,
 ) -> None:
-    """Print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`."""
+    """Print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`.
+
+    Arguments are those of `write_html`; `network_sha256` is the checksum of the weights, where it is one network.
+    """
+    of_network = {NETWORK_KEY: network_sha256} if network_sha256 else {}
     # First what took hours to compute.
-    write_results(evaluation.results | {"thresholds": evaluation.thresholds}, out)
+    write_results(evaluation.results | {"thresholds": evaluation.thresholds} | of_network, out)
     sys.stdout.write(format_table(evaluation))
     sys.stdout.flush()
     write_report(evaluation, out, subject=subject, read_picture=read_picture)

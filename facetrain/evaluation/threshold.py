@@ -13,6 +13,8 @@ FloatArray = NDArray[np.float32] | NDArray[np.float64]
 
 THRESHOLD_FARS: Mapping[str, float] = {"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3}
 """False accept rates whose thresholds stand in results, by the name they have in metric keys."""
+NETWORK_KEY = "network_sha256"
+"""Where results of one network hold the checksum of its weights."""
 OPEN_SET_PROTOCOLS = ("open-best-rowden", "open-counts/all")
 """Those whose false accepts are strangers who are taken for anybody of a gallery, as a search would; not pairs."""
 
@@ -98,6 +100,11 @@ def thresholds(impostor_scores: FloatArray) -> dict[str, float]:
         for name, far in THRESHOLD_FARS.items()
         if far >= 1 / max(len(impostor_scores), 1)
     }
+
+
+def weights_of_results(file: Path) -> str:
+    """Return the checksum of the weights that a results.json is of; empty where it doesn't say."""
+    return str(json.loads(file.read_text(encoding="utf-8")).get(NETWORK_KEY, ""))
 
 
 def threshold_from_results(file: Path, far: float, protocol: str | None = None) -> tuple[float, str]:

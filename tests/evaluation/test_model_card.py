@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from facetrain.config import Config, DataConfig, RunConfig
+from facetrain.config import Config, DataConfig, EvalConfig, RunConfig
 from facetrain.data.manifest import Manifest
 from facetrain.evaluation.model_card import write_model_card
 
@@ -43,3 +43,11 @@ def test_the_card_names_data_results_and_config(synthetic: Path, tmp_path: Path)
 def test_a_run_without_evaluation_says_so(synthetic: Path, tmp_path: Path) -> None:
     card = write_model_card(tmp_path, Config(), Manifest.load(synthetic / "shards"), {"thresholds": {}}, "")
     assert "None: the run held no identities out" in card
+    assert "LFW is a narrow set" in card
+
+
+def test_limits_are_those_of_the_set_that_was_evaluated(synthetic: Path, tmp_path: Path) -> None:
+    config = Config(eval=EvalConfig(dataset="synthetic"))
+    card = write_model_card(tmp_path, config, Manifest.load(synthetic / "shards"), RESULTS, "")
+    assert "LFW is" not in card
+    assert "Figures are of the set that they stand beside" in card

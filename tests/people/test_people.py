@@ -33,12 +33,14 @@ def test_people_are_added_found_and_removed(
     assert "broken.jpg" in (gallery / "unreadable.txt").read_text()
 
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"thresholds": {"open-best-rowden": {"1e-2": 0.9}}}))
+    thresholds = {"thresholds": {"open-best-rowden": {"1e-2": 0.9}}}
+    results.write_text(json.dumps(thresholds | {"network_sha256": "another"}))
     capsys.readouterr()
     words = ("--images", first, "--far", "0.01", "--results", results, "--device", "cpu")
     run_main("search", gallery, *words, "--top", "2", "--out", out)
     printed = capsys.readouterr().out
     assert "threshold 0.9000, of open-best-rowden at FAR 0.01" in printed
+    assert f"warning: {results} is of other weights than the gallery's" in printed
     for row in json.loads((out / "search.json").read_text())["images"]:
         assert row["is_known"] is True
         assert row["matches"][0]["person"] == first.name
@@ -64,6 +66,22 @@ def test_embeddings_of_others_make_a_gallery_too(tmp_path: Path, capsys: pytest.
     run_main("search", tmp_path / "g", "--embeddings", tmp_path / "e.npz", "--top", "1", "--threshold", "0.5")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-2:] for line in lines[:4]] == [[p, "1.000"] for p in ("Ann", "Ann", "Bob", "Cid")]
+
+
+def test_the_terminal_shows_some_of_many_faces_where_a_file_has_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = np.array([f"Ann_{number:04}" for number in range(1, 26)])
+    np.savez(tmp_path / "e.npz", names=names, embeddings=np.ones((25, 4), np.float32))
+    run_main("index", tmp_path / "g", "--embeddings", tmp_path / "e.npz")
+    capsys.readouterr()
+    run_main("search", tmp_path / "g", "--embeddings", tmp_path / "e.npz")
+    assert capsys.readouterr().out.count("Ann 1.000") == 25
+    run_main("search", tmp_path / "g", "--embeddings", tmp_path / "e.npz", "--out", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert printed.count("Ann 1.000") == 20
+    assert f"... and 5 more in {tmp_path}/out/search.json" in printed
+    assert len(json.loads((tmp_path / "out" / "search.json").read_text())["images"]) == 25
 
 
 def test_other_weights_than_the_gallerys_are_refused(

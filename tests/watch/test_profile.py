@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_wrong_steps_are_one_line(text: str) -> None:
     assert f"'{text}'" in str(error.value)
 
 
-def test_bfloat16_is_doubted_on_cpus_alone() -> None:
-    assert slow_precision_warning("float32", torch.device("cpu")) is None
-    assert slow_precision_warning("bfloat16", torch.device("cuda")) is None
+@pytest.mark.parametrize(
+    ("cpu", "is_slow"),
+    [
+        ("vendor_id : GenuineIntel\nflags : fpu avx512_bf16 amx_bf16 amx_tile", False),
+        ("vendor_id : GenuineIntel\nflags : fpu avx512_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : fpu avx512_bf16", False),
+        ("Features : fp asimd svebf16 bf16", False),
+        ("vendor_id : AuthenticAMD\nflags : fpu avx2", True),
+    ],
+)
+def test_bfloat16_is_doubted_on_slow_cpus_alone(tmp_path: Path, cpu: str, is_slow: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(cpu)
+    warning = slow_precision_warning("bfloat16", torch.device("cpu"), cpu_file=tmp_path / "cpuinfo")
+    assert (warning is not None) == is_slow
+    assert slow_precision_warning("float32", torch.device("cpu"), cpu_file=tmp_path / "cpuinfo") is None
+    assert slow_precision_warning("bfloat16", torch.device("cuda"), cpu_file=tmp_path / "cpuinfo") is None
