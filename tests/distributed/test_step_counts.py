@@ -1,5 +1,7 @@
 """What a step costs besides the network, in numbers that don't depend on the machine: more of any is a slower step."""
 
+import platform
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -157,3 +159,21 @@ def test_a_step_does_little_beyond_a_bare_one(counted):
 
 def test_the_first_step_needs_no_unused_import_and_no_compiler(counted):
     assert counted[2] == []
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_large_tensors_of_a_later_step_take_no_new_pages() -> None:
+    """In a process of its own, since it can't be undone."""
+    script = """
+import resource
+import torch
+from facetrain.engine.host_memory import keep_freed_memory
+keep_freed_memory()
+for step in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24).add(1)
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 100  # two tensors of 64 MiB are 32,768
