@@ -1,6 +1,7 @@
 """What a run says of itself before its first step."""
 
 import logging
+import os
 
 from facetrain.config import Config
 from facetrain.engine import Engine
@@ -53,6 +54,11 @@ def announce(
 
 def _announce_data(config: Config, inputs: Inputs) -> None:
     log.info(inputs.split.describe())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else config.data.workers
+    if config.data.workers > cores:
+        log.warning(
+            f"data.workers: {config.data.workers} decode for each process, which has {cores} of the CPU's cores"
+        )
     if inputs.split.unknown_names:
         log.warning(f"data.exclude: not in the shards: {', '.join(inputs.split.unknown_names)}")
     if config.eval.chooses_on_test:

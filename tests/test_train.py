@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,15 @@ def kill_after_checkpoint(command: list[str], checkpoint: Path) -> None:
         for process in [*job.children(recursive=True), job]:  # torchrun's workers have process groups of their own
             process.kill()
         job.wait()
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Processes that are started inside have one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -167,9 +178,13 @@ def test_a_run_leaves_all_that_the_next_command_needs(synthetic, tmp_path):
         "train__steps": 4,
         "mining__mode": "off",
         "tracking__backend": "mlflow",
+        "data__workers": 2,
     }
-    done = facetrain("train", *flags(synthetic, run_dir, **evaluation), cwd=tmp_path)
+    with one_core():
+        done = facetrain("train", *flags(synthetic, run_dir, **evaluation), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "data.workers: 2 decode for each process, which has 1 of the CPU's cores" in done.stderr
+    assert "DataLoader" not in done.stderr
     for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "results.json", "report.html", "logs/train.log"):
         assert (run_dir / name).is_file(), name
     assert "data:image/jpeg;base64," in (run_dir / "report.html").read_text()

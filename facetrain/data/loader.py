@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Thread
 from types import TracebackType
@@ -80,17 +82,18 @@ class PairLoader:
         self._config, self._device = config, device
         on_gpu = device is not None and device.type == "cuda"
         self._copy_to_gpu = _DeviceCopy(device) if device is not None and on_gpu else None
-        self._loader: DataLoader[_Decoded | Exception] = DataLoader(
-            self._faces,
-            sampler=self._slices,
-            batch_size=None,
-            num_workers=config.workers,
-            prefetch_factor=config.prefetch if config.workers else None,
-            worker_init_fn=_start_worker if config.workers else None,
-            multiprocessing_context=config.start_method if config.workers and sys.platform == "linux" else None,
-            # The DataLoader draws a seed for its workers: not from the global generator, or resuming would differ.
-            generator=torch.Generator(),
-        )
+        with _silent_about_cores():
+            self._loader: DataLoader[_Decoded | Exception] = DataLoader(
+                self._faces,
+                sampler=self._slices,
+                batch_size=None,
+                num_workers=config.workers,
+                prefetch_factor=config.prefetch if config.workers else None,
+                worker_init_fn=_start_worker if config.workers else None,
+                multiprocessing_context=config.start_method if config.workers and sys.platform == "linux" else None,
+                # The DataLoader draws a seed for its workers: not from the global generator, or resuming would differ.
+                generator=torch.Generator(),
+            )
         self._batches: Iterator[_Decoded | Exception] | None = None
         self.wait_s = 0.0
         """Seconds that the last `next` took: with workers, how long the training step waited for its data."""
@@ -114,7 +117,8 @@ class PairLoader:
         if self._batches is None:
             if self._ahead and self._config.decode == "cpu":  # before the workers, which are to share it
                 self._faces.make_places(self._ahead + 1, self._pairs_here)
-            self._batches = iter(self._loader)
+            with _silent_about_cores():
+                self._batches = iter(self._loader)
         decoded = next(self._batches)
         if isinstance(decoded, Exception):
             self.close()
@@ -181,6 +185,14 @@ class _DeviceCopy:
             # It belongs to the copying stream, whose next batch could take its memory before kernels have read it.
             tensor.record_stream(computing)
         return moved
+
+
+@contextmanager
+def _silent_about_cores() -> Iterator[None]:
+    """Leave out the DataLoader's three lines about workers and cores: `announce` says it in one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 class _StepSlices(Sampler[StepPlan]):
