@@ -98,7 +98,7 @@ def _write_onnx(network: nn.Module, images: Tensor, file: Path, stated: str) -> 
     try:
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError:
-        raise ValueError(f"{file}: ONNX needs onnxscript and onnxruntime: pip install 'facetrain[onnx]'") from None
+        raise ValueError("--format: onnx needs onnxscript and onnxruntime: pip install 'facetrain[onnx]'") from None
     program = torch.onnx.export(
         network,
         (images,),
