@@ -112,7 +112,12 @@ def serve(pipe: Connection, name: str, pairs: int, device: str) -> None:
     import torch
     import torch.nn.functional as F
 
-    loss = LOSSES[name]()
+    try:
+        loss = LOSSES[name]()
+    except ImportError:
+        pipe.recv()
+        pipe.send({"error": "not installed"})
+        return
     generator = torch.Generator().manual_seed(0)
     common = F.normalize(torch.randn(pairs, WIDTH, generator=generator))
     anchors, positives = (
