@@ -24,6 +24,12 @@ run ruff format --check .
 run ruff check .
 run mypy
 run lint-imports
+# A new vulnerability is no fault of the change that meets it, nor is an index that doesn't answer.
+if [[ ${#marks[@]} == 0 ]]; then
+    printf '\n== pip-audit of constraints.txt: reported, fails nothing\n'
+    timeout 120 python3 -m uv tool run --quiet pip-audit -r constraints.txt --no-deps --disable-pip \
+        --progress-spinner off 2>&1 | cut -c1-160 || true
+fi
 [[ ${#failed[@]} == 0 ]] || printf '\nfailed so far: %s\n' "$(IFS=, && echo "${failed[*]}")"
 # Last, so that the output ends with its summary.
 run python3 -m pytest --numprocesses "$cores" --dist loadgroup "${marks[@]}" "$@"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -55,6 +56,18 @@ def test_installed_versions_of_direct_dependencies_are_those_that_are_asked_for(
     for text in PROJECT["dependencies"]:
         requirement = Requirement(text)
         assert importlib.metadata.version(requirement.name) in requirement.specifier
+
+
+def test_nothing_in_the_tree_looks_like_a_secret_but_examples() -> None:
+    command = [sys.executable, "-m", "detect_secrets", "scan"]
+    found = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)["results"]
+    lines = {
+        f"{file}: {(ROOT / file).read_text().splitlines()[finding['line_number'] - 1].strip()}"
+        for file in found
+        for finding in found[file]
+    }
+    examples = re.compile(r"user:password@|me:(secret|pa55|pass)@|MLFLOW_TRACKING_URI|k-123|my secret words|: .\*\*\*")
+    assert [line for line in sorted(lines) if not examples.search(line)] == []
 
 
 def test_a_lower_module_imports_without_the_heavy_libraries() -> None:
