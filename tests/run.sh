@@ -28,7 +28,8 @@ run lint-imports
 if [[ ${#marks[@]} == 0 ]]; then
     printf '\n== pip-audit of constraints.txt: reported, fails nothing\n'
     timeout 120 python3 -m uv tool run --quiet pip-audit -r constraints.txt --no-deps --disable-pip \
-        --progress-spinner off 2>&1 | cut -c1-160 || true
+        --progress-spinner off 2>&1 |
+        awk '/could not be audited/ { missing++; next } { print } END { if (missing) print missing, "not audited" }' || true
 fi
 [[ ${#failed[@]} == 0 ]] || printf '\nfailed so far: %s\n' "$(IFS=, && echo "${failed[*]}")"
 # Last, so that the output ends with its summary.
