@@ -76,8 +76,10 @@ def one_core() -> Iterator[None]:
     """Processes that are started inside have one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
-    yield
-    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:

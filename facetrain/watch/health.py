@@ -81,7 +81,7 @@ def slow_precision_warning(
 ) -> str | None:
     """Return what to say where bfloat16 was chosen for a CPU that isn't fast at it, else None.
 
-    Intel's avx512_bf16 without AMX counts as slow: training CasiaNet took 1.3 times as long with it as in float32.
+    Intel's avx512_bf16 without AMX counts as slow: training CasiaNet took 1.1 to 1.5 times as long with it.
     """
     if precision == "float32" or device.type != "cpu" or not cpu_file.is_file():
         return None
