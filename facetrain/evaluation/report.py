@@ -8,41 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from facetrain.evaluation.blufr import BlufrOutcome, blufr_figures
 from facetrain.evaluation.conventions import InsightFaceFigures
-from facetrain.evaluation.distractors import DistractorScores
 from facetrain.evaluation.figures import save_figures
 from facetrain.evaluation.groups import group_rows
 from facetrain.evaluation.html_report import ReadPicture, write_html
 from facetrain.evaluation.identification import ClosedSet, OpenSet
-from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation, evaluate
-from facetrain.evaluation.lists import Request
+from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation
 from facetrain.evaluation.threshold import NETWORK_KEY
 from facetrain.evaluation.verification import Verification, View1
 
 FEW_IMPOSTORS = 10
 """A rate whose threshold lets fewer impostors through than this gets a note."""
-
-
-def evaluate_to_folder(
-    names: Sequence[str],
-    embeddings: NDArray[np.float32],
-    request: Request,
-    out: Path,
-    *,
-    distractors: DistractorScores | None = None,
-    subject: str = "",
-    read_picture: ReadPicture | None = None,
-) -> Evaluation:
-    """Evaluate, print the table, and write `results.json`, `report.html` and `figures/*.png` into the folder `out`.
-
-    Arguments and errors are those of `evaluate`; `subject` and `read_picture` are those of `write_html`.
-    """
-    evaluation = evaluate(names, embeddings, request, distractors)
-    report_to_folder(evaluation, out, subject=subject, read_picture=read_picture)
-    return evaluation
 
 
 def report_to_folder(

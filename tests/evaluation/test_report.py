@@ -7,7 +7,7 @@ from face_lists import tied_set, write_pairs
 
 from facetrain.evaluation.lfw import Evaluation, evaluate
 from facetrain.evaluation.lists import Request
-from facetrain.evaluation.report import evaluate_to_folder, format_table, write_results
+from facetrain.evaluation.report import format_table, report_to_folder, write_results
 
 PNG = b"\x89PNG\r\n"
 
@@ -18,7 +18,9 @@ def drawn_evaluation(folder: Path, *, num_people: int = 120, draws: int = 1) -> 
     people = folder / "people.txt"
     people.write_text("\n".join(f"Person_{person}" for person in range(num_people // 3) if person % 6))
     request = Request(pairs=pairs, open_set_people=people, draws=draws, dataset="drawn")
-    return evaluate_to_folder(names, embeddings, request, folder / "out")
+    evaluation = evaluate(names, embeddings, request)
+    report_to_folder(evaluation, folder / "out")
+    return evaluation
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -35,7 +37,7 @@ def test_folder_holds_results_and_figures(tmp_path: Path, draws: int) -> None:
 def test_a_protocol_that_was_not_run_has_no_figure(tmp_path: Path) -> None:
     names, embeddings = tied_set(0)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
-    evaluate_to_folder(names, embeddings, Request(pairs=pairs, dataset="drawn"), tmp_path)
+    report_to_folder(evaluate(names, embeddings, Request(pairs=pairs, dataset="drawn")), tmp_path)
     assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == ["cmc", "det", "roc", "scores"]
 
 
@@ -44,7 +46,7 @@ def test_a_collapsed_model_can_be_drawn(tmp_path: Path) -> None:
     names, _ = tied_set(0, num_people=120)
     pairs = write_pairs(tmp_path / "pairs.txt", names)
     same = np.ones((len(names), 2), dtype=np.float32)
-    evaluate_to_folder(names, same, Request(pairs=pairs, dataset="drawn"), tmp_path)
+    report_to_folder(evaluate(names, same, Request(pairs=pairs, dataset="drawn")), tmp_path)
     assert (tmp_path / "figures" / "dir_over_far.png").read_bytes().startswith(PNG)
 
 
