@@ -37,6 +37,17 @@ LossName = Literal[
     "multi-similarity",
 ]
 
+_OF_UNIT_VECTORS = (
+    "angular",
+    "arcface",
+    "proxy-nca",
+    "contrastive",
+    "triplet",
+    "lifted",
+    "ranked-list",
+    "multi-similarity",
+)
+
 _SECTIONS_OF: dict[str, tuple[str, ...]] = {
     "angular": ("angular",),
     "npair-angular": ("angular",),
@@ -106,6 +117,11 @@ class LossConfig:
     def has_classes(self) -> bool:
         """Whether the loss learns a vector for each identity."""
         return "classes" in _SECTIONS_OF.get(self.name, ())
+
+    @property
+    def of_unit_vectors(self) -> bool:
+        """Whether norms of embeddings make no difference to the loss, but for `l2_weight`."""
+        return self.name in _OF_UNIT_VECTORS or self.temperature is not None
 
     def _check_whose(self) -> None:
         """Refuse settings of another loss than the chosen one."""

@@ -34,7 +34,7 @@ class MiningConfig:
     hinge: bool = False
     """Clip violations at 0 from below: classes that don't violate the margin then tie and are drawn by the seed."""
     margin: float = 0.0
-    """Margin of the hinge, in units of the inner product."""
+    """Margin of the hinge, in units of the score."""
     table_max_age_steps: int = 2000
     """mode=table: embeddings of a class that was trained on longer ago than this are left out."""
     table_refresh_share: float = 0.25

@@ -56,7 +56,7 @@ class GroupLoss(Loss):
         is_own_Mc = torch.arange(len(y_cD), device=faces_MD.device) == columns_M[:, None]
         is_anchor_M = draw_anchors(labels_M, settings.anchors, seed=self.seed, step=step)
         answers_Mc = torch.where(is_anchor_M[:, None], is_own_Mc.to(answers_Mc.dtype), answers_Mc)
-        alike_MM = pearson(faces_MD).relu()
+        alike_MM = likeness(faces_MD)
         for _ in range(settings.iterations):
             answers_Mc = self._normalised(answers_Mc * (alike_MM @ answers_Mc))
         return cross_entropy - (own_entries(answers_Mc, columns_M, world) + 1e-12).log().mean()
@@ -66,10 +66,14 @@ class GroupLoss(Loss):
         return x_Mc / sum_over_ranks(x_Mc.sum(dim=1), self.world, for_own_classes=True)[:, None]
 
 
-def pearson(x_MD: Tensor) -> Tensor:
-    """Return the correlation of each two rows, [M, M] in [-1, 1]."""
+def likeness(x_MD: Tensor) -> Tensor:
+    """Return the correlation of each two rows where it is positive, else 0, [M, M]; 1 on the diagonal.
+
+    A constant row correlates with no other; without its 1 nothing would be left of its answer.
+    """
     centred_MD = F.normalize(x_MD - x_MD.mean(dim=1, keepdim=True))
-    return centred_MD @ centred_MD.T
+    is_self_MM = torch.eye(len(x_MD), dtype=torch.bool, device=x_MD.device)
+    return (centred_MD @ centred_MD.T).relu().masked_fill(is_self_MM, 1.0)
 
 
 def draw_anchors(labels_M: Tensor, anchors: int, *, seed: int, step: int) -> Tensor:

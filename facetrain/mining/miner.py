@@ -1,13 +1,15 @@
 """Miner: when rounds take place, and one round on the network as it stands."""
 
 import logging
+import math
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from facetrain.config import Config
+from facetrain.config import Config, LossConfig
 from facetrain.data.plan import Plan
 from facetrain.data.reading import FaceReader, report_replaced
 from facetrain.data.shards import ShardSet
@@ -43,7 +45,7 @@ class Miner:
     def observe(self, step: int, labels_n: Tensor, embeddings_VnD: Tensor) -> None:
         """Learn from a step that was trained; every rank must call it. Only mode 'table' does."""
         if self.table is not None:
-            self.table.observe(step, labels_n, embeddings_VnD)
+            self.table.observe(step, labels_n, as_scored(embeddings_VnD, self.config.loss))
 
     def mine_before(self, step: int, backbone: nn.Module) -> tuple[int, MinedRound] | None:
         """Mine if a round is due just before this step; every rank must call it with the same network.
@@ -128,7 +130,19 @@ class Miner:
         def decode(i: int) -> npt.NDArray[np.uint8]:
             return reader.face(int(image_idx[i]), self.replaced)
 
-        return embed_images(backbone, decode, len(image_idx), world=world, precision=self.config.train.precision)
+        precision = self.config.train.precision
+        embeddings = embed_images(backbone, decode, len(image_idx), world=world, precision=precision)
+        return as_scored(embeddings, self.config.loss)
+
+
+def as_scored(embeddings: Tensor, config: LossConfig) -> Tensor:
+    """Return embeddings, float [..., D], whose inner products are the scores that the loss compares.
+
+    A loss of unit vectors needs unit vectors here: as they are, the longest would look the hardest.
+    """
+    if not config.of_unit_vectors:
+        return embeddings
+    return F.normalize(embeddings, dim=-1) / math.sqrt(config.temperature or 1.0)
 
 
 _PARTS = ("embed", "graph", "search", "exchange")

@@ -164,6 +164,30 @@ def test_arcface_has_a_finite_gradient_where_a_face_lies_on_its_class_and_falls_
     assert (falling < 0).all()
 
 
+def test_a_constant_embedding_leaves_the_group_loss_finite():
+    with torch.no_grad():
+        faces = pairs()
+        faces[0, 2], faces[1, 4] = 0.0, 0.3
+    loss = make_loss(LossConfig(name="group", group=GroupConfig(anchors=0)))
+    value = loss(*faces.requires_grad_(), LABELS["distinct"], step=STEP)
+    gradients = torch.autograd.grad(value.total, [faces, loss.class_vectors.rows_cD])
+    assert value.data.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "lifted"])
+def test_faces_of_one_person_that_nearly_coincide_keep_their_gradient(name):
+    generator = torch.Generator().manual_seed(2)
+    anchors = torch.randn(40, WIDTH, dtype=torch.float64, generator=generator)
+    positives = anchors + 1e-3 * torch.randn(40, WIDTH, dtype=torch.float64, generator=generator)
+    loss, gradients = make_loss(LossConfig(name=name)), []
+    for dtype in (torch.float64, torch.float32):
+        faces = torch.stack([anchors, positives]).to(dtype).requires_grad_()
+        value = loss(*faces, torch.arange(40))
+        gradients.append(torch.autograd.grad(value.total, faces)[0].double())
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+
+
 def test_proxy_nca_with_the_own_proxy_is_the_librarys():
     from pytorch_metric_learning.losses import ProxyNCALoss
 
