@@ -44,6 +44,11 @@ class Method:
     npair_penalty: bool = False
     """Embeddings are scored as they are, so that their norm needs the penalty."""
 
+    @property
+    def identities(self) -> int:
+        """Different ones in a batch."""
+        return 2 * self.pairs // int(str(self.flags.get("train.images_per_identity", 2)))
+
 
 CLASSES = {"loss.classes.learning_rate_factor": 10}  # vectors as long as 1 move too little at the network's rate
 MINED = {"mining.mode": "gathered", "mining.batches_per_round": 32}
@@ -90,6 +95,7 @@ FIGURES = {
 def main() -> None:
     """Run what isn't in the file yet, and print the tables."""
     args = parse_arguments()
+    check_conditions(read(args.out), args)
     for run in [] if args.show else runs_to_do(args):
         record = train(run, args)
         with args.out.open("a", encoding="utf-8") as file:
@@ -143,7 +149,7 @@ def runs_to_do(args: argparse.Namespace) -> Iterator[Run]:
     for rate in args.rates:
         yield from unfinished([Run("grid", method, rate, 0, args.grid_images) for method in trained])
     if "untrained" in args.methods:
-        yield from unfinished([Run("final", "untrained", args.rates[0], 0, 0)])
+        yield from unfinished([Run("final", "untrained", RATES[1], 0, 0)])
     for method in trained:
         yield from unfinished([Run("final", method, best_rate(read(args.out), method, args), 0, args.images)])
     first = finals(read(args.out), args)
@@ -152,6 +158,18 @@ def runs_to_do(args: argparse.Namespace) -> Iterator[Run]:
         for method in leaders:
             yield from unfinished([Run("final", method, best_rate(read(args.out), method, args), seed, args.images)])
     yield from unfinished([Run("timing", method, args.rates[0], 0, TIMED_IMAGES) for method in trained])
+
+
+def conditions_of(args: argparse.Namespace) -> dict[str, object]:
+    """Return what all runs of a file must have in common, beside what no argument says: code, shards and evaluation."""
+    return {name: getattr(args, name) for name in ("precision", "device", "processes")} | {"config": args.config.name}
+
+
+def check_conditions(records: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """End the script where finished runs can't be compared with those that it would add."""
+    for record in records:
+        if record["conditions"] != conditions_of(args):
+            raise SystemExit(f"{args.out}: holds runs of {record['conditions']}, got {conditions_of(args)}")
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -185,6 +203,9 @@ def finals(records: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
         images = 0 if method == "untrained" else args.images
         of_method = [r for r in records if r["run"]["stage"] == "final" and r["run"]["images"] == images]
         found[method] = [record for record in of_method if record["run"]["method"] == method]
+        if method != "untrained" and found[method]:  # a longer grid may have chosen another rate since
+            rate = best_rate(records, method, args)
+            found[method] = [record for record in found[method] if record["run"]["rate"] == rate]
     return found
 
 
@@ -205,7 +226,14 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     judged = {name: results[protocol][key] for name, (protocol, key) in FIGURES.items()} if final else {}
     curve = quality_over_steps(folder, images_per_step=2 * both(run.method).pairs) if final else {}
     timing = {"seconds": round(seconds), "step_s": step_seconds(folder)}
-    return {"run": vars(run), "heldout": results["heldout"]["accuracy"], **judged, **timing, **curve}
+    return {
+        "run": vars(run),
+        "conditions": conditions_of(args),
+        "heldout": results["heldout"]["accuracy"],
+        **judged,
+        **timing,
+        **curve,
+    }
 
 
 def launcher(args: argparse.Namespace) -> tuple[str, ...]:
@@ -277,7 +305,7 @@ def show(records: list[dict[str, Any]], args: argparse.Namespace) -> None:
     print(" " * width, *(f"{name:>18}" for name in columns))
     for method, runs in found.items():
         step_s = step_s_of(records, method)
-        epoch_s = f"{step_s * runs[0]['identities'] / both(method).pairs:.1f}" if step_s else "-"
+        epoch_s = f"{step_s * runs[0]['identities'] / both(method).identities:.1f}" if step_s else "-"
         last = [record["curve"][-1] for record in runs]
         cells = [str(len(runs)), f"{runs[0]['run']['rate']:g}"]
         cells += [spread([record[key] for record in runs]) for key in (*FIGURES, "heldout")]

@@ -35,7 +35,7 @@ def quality_over_steps(folder: Path, *, images_per_step: int) -> dict[str, Any]:
         shards.table,
         holdout=config.data.holdout_identities,
         exclude=config.data.exclude,
-        seed=config.run.seed,
+        seed=config.data.holdout_seed,
         min_images=max(config.data.min_images, config.train.images_per_identity),
     )
     some = np.random.default_rng(0).choice(split.train, min(len(split.train), len(split.heldout)), replace=False)

@@ -142,7 +142,7 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
         shards.table,
         holdout=config.data.holdout_identities,
         exclude=config.data.exclude,
-        seed=config.run.seed,
+        seed=config.data.holdout_seed,
         min_images=max(config.data.min_images, config.train.images_per_identity),
     )
     plan = _plan(config, shards, split)

@@ -37,7 +37,9 @@ class DataConfig:
     colour_jitter: float = 0.0
     """Augmentation: brightness and contrast each change by a factor in 1 -/+ this fraction, in [0, 1)."""
     holdout_identities: int = 0
-    """Identities, drawn by the seed, that are never trained on and give the held-out pairs."""
+    """Identities, drawn at random, that are never trained on and give the held-out pairs."""
+    holdout_seed: int = 0
+    """Draws them and their pairs; not run.seed, so that runs of several seeds are judged by the same people."""
     exclude: tuple[str, ...] = ()
     """Names of identities that are left out of training, such as people who are also in the test set."""
     min_images: int = 2
@@ -79,7 +81,7 @@ class DataConfig:
             self._check_partitioned()
         self._check_cache()
         at_least("data.min_images", self.min_images, 2)
-        for name in ("crop_jitter_px", "holdout_identities", "workers"):
+        for name in ("crop_jitter_px", "holdout_identities", "holdout_seed", "workers"):
             at_least(f"data.{name}", getattr(self, name), 0)
         if self.crop_px is not None and not 1 <= self.crop_px <= self.shard_px:
             raise ValueError(f"data.crop_px: expected 1 to data.shard_px ({self.shard_px}), got {self.crop_px}")

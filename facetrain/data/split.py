@@ -161,5 +161,5 @@ def _impostor_pairs(table: ClassTable, people_M: Ints, max_pairs: int, rng: np.r
     return np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
 
 
-# Streams of random numbers that share the run's seed with those of the plan.
+# Streams of random numbers, apart from those that others draw from the same seed.
 _HOLDOUT, _PAIRS = 3, 4

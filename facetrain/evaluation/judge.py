@@ -86,7 +86,9 @@ class Judge:
             ValueError: Too few identities are held out, the evaluation set and its lists don't fit together, or an
                 image of it can't be decoded.
         """
-        heldout = heldout_pairs(shards.table, split.heldout, seed=config.run.seed) if len(split.heldout) else None
+        heldout = (
+            heldout_pairs(shards.table, split.heldout, seed=config.data.holdout_seed) if len(split.heldout) else None
+        )
         faces = None
         if config.eval.images:
             faces = open_evaluation_set(config)

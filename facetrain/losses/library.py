@@ -82,7 +82,7 @@ def _euclidean(library: Any, *, power: int = 1) -> Any:
     From 26 faces on the library's own come from inner products: in float32 nothing is right of a distance of 1e-3.
     """
 
-    class Distance(library.distances.LpDistance):  # type: ignore[misc, name-defined]
+    class Distance(library.distances.LpDistance):  # type: ignore[misc]
         def compute_mat(self, query_emb: Tensor, ref_emb: Tensor | None) -> Tensor:
             others = query_emb if ref_emb is None else ref_emb
             return torch.cdist(query_emb, others, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
