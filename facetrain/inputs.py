@@ -14,6 +14,7 @@ from facetrain.data.shards import ShardSet, open_shards
 from facetrain.data.split import IdentitySplit, split_identities
 from facetrain.data.window import WindowedPlan
 from facetrain.evaluation.judge import Judge
+from facetrain.losses.build import check_loss
 from facetrain.mining.lists import check_appearances
 from facetrain.mining.mode import check_mode
 from facetrain.mining.round import MiningSchedule
@@ -150,6 +151,7 @@ def open_inputs(config: Config, *, world_size: int) -> Inputs:
     if isinstance(plan, WindowedPlan):
         _check_room(plan, config, shards, world_size)
     check_mode(config, num_identities=len(split.train), world_size=world_size)
+    check_loss(config.loss, num_identities=len(split.train), world_size=world_size)
     if not begun(Path(config.run.dir)):  # else a checkpoint holds the weights
         backbone = build_backbone(config.model, channels=config.data.channels, image_px=config.data.image_px)
         if config.model.init_from is not None:

@@ -150,6 +150,8 @@ def embed_all(
         ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite, or in another
             width than the first.
     """
+    if len(networks) > 1 and names:
+        _check_widths(networks, decode, world)
     parts = []
     for network in networks:
         embeddings = embed_images(
@@ -163,12 +165,6 @@ def embed_all(
             progress=progress,
         )
         parts.append(embeddings.cpu().numpy())
-        first_width, width = parts[0].shape[1], parts[-1].shape[1]
-        if width != first_width:
-            raise ValueError(
-                f"{network.file}: expected embeddings of {first_width} numbers, as of {networks[0].file}, got {width};"
-                " an ensemble's networks have one width"
-            )
     if len(parts) == 1:
         return parts[0]
     for number, network in enumerate(networks):
@@ -177,6 +173,20 @@ def embed_all(
         except ValueError as error:
             raise ValueError(f"{network.file}: {error}") from None
     return np.concatenate(parts, axis=1)
+
+
+def _check_widths(networks: Sequence[Network], decode: Decode, world: World) -> None:
+    """Refuse networks of several widths by one image, before each embeds them all."""
+    alone, widths = World(device=world.device), []
+    for network in networks:
+        backbone = network.backbone.to(world.device)
+        one = embed_images(backbone, _seen_by(network, decode), 1, world=alone, precision=network.precision)
+        widths.append(one.shape[1])
+        if widths[-1] != widths[0]:
+            raise ValueError(
+                f"{network.file}: expected embeddings of {widths[0]} numbers, as of {networks[0].file}, got"
+                f" {widths[-1]}; an ensemble's networks have one width"
+            )
 
 
 def embed_readable(

@@ -229,7 +229,7 @@ def test_a_run_leaves_all_that_the_next_command_needs(synthetic, tmp_path):
     assert_user_error(other, "model.safetensors", "another backbone", "head.weight")
 
 
-def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_path, capsys):
+def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_path, capsys, monkeypatch):
     def check(key: str, value: object, expected: tuple[str, ...]) -> None:
         with pytest.raises(SystemExit) as ended:
             main(["check", *flags(synthetic, tmp_path / "run", **{key: value})])
@@ -253,6 +253,8 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
     check("model.init_from", tmp_path, expected=("model.safetensors",))
     check("mining.candidates", 7, expected=("mining.candidates", "8", "7"))
     check("mining.table_probes", 0, expected=("mining.table_probes", "1 or more", "0"))
+    monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
+    check("loss.name", "lifted", expected=("loss.name", "lifted", "needs pytorch-metric-learning; pip install"))
 
 
 @pytest.mark.slow

@@ -83,7 +83,8 @@ class LossConfig:
     """npair-mc, npair-ovo, tuplet: how many batches before this one give further negatives, as they were embedded then
     (cross-batch memory); 0 is none."""
     tile_bytes: int = 1 << 25
-    """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows."""
+    """Memory for logits at a time, in bytes: the n x N of a rank are made in tiles of rows, scores of identities in
+    tiles of identities; losses of pytorch-metric-learning have none."""
     angular: AngularConfig = field(default_factory=AngularConfig)
     classes: ClassesConfig = field(default_factory=ClassesConfig)
     arcface: ArcFaceConfig = field(default_factory=ArcFaceConfig)
@@ -122,6 +123,11 @@ class LossConfig:
     def of_unit_vectors(self) -> bool:
         """Whether norms of embeddings make no difference to the loss, but for `l2_weight`."""
         return self.name in _OF_UNIT_VECTORS or self.temperature is not None
+
+    @property
+    def scores_per_pair(self) -> int:
+        """How many numbers each pair of the global batch adds to the smallest tile."""
+        return 2 if self.has_classes or "angular" in self.name else 1 + self.memory_batches
 
     def _check_whose(self) -> None:
         """Refuse settings of another loss than the chosen one."""

@@ -170,3 +170,4 @@ class MultiSimilarityConfig:
         """Check the bounds."""
         for key in ("alpha", "beta"):
             more_than_0(f"loss.multi_similarity.{key}", getattr(self, key))
+        at_least("loss.multi_similarity.epsilon", self.epsilon, 0)

@@ -34,11 +34,12 @@ class Config:
                 raise ValueError(f"{key}: expected a finite number, got {value}")
         if self.train.overlap:
             self._check_overlap()
-        row_bytes = 4 * self.train.global_pairs
+        scores_per_pair = self.loss.scores_per_pair
+        row_bytes = 4 * self.train.global_pairs * scores_per_pair
         if self.loss.tile_bytes < row_bytes:
             raise ValueError(
-                f"loss.tile_bytes: expected at least the {row_bytes} bytes of a row of train.global_pairs ="
-                f" {self.train.global_pairs} scores, got {self.loss.tile_bytes}"
+                f"loss.tile_bytes: expected at least the {row_bytes} bytes of a row of scores, {scores_per_pair}"
+                f" for each of train.global_pairs = {self.train.global_pairs}, got {self.loss.tile_bytes}"
             )
         if self.mining.mode in ("gathered", "quota") and self.mining.candidates < self.train.global_pairs:
             raise ValueError(

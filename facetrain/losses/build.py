@@ -1,5 +1,7 @@
 """The loss that `loss.name` names."""
 
+from importlib.util import find_spec
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,9 +11,28 @@ from facetrain.losses.angular import AngularLoss
 from facetrain.losses.class_vectors import ClassVectors
 from facetrain.losses.classes import ClassLoss
 from facetrain.losses.group import GroupLoss
+from facetrain.losses.library import LibraryLoss
 from facetrain.losses.loss import Loss
 from facetrain.losses.npair import NPairLoss
 from facetrain.world import World
+
+
+def check_loss(config: LossConfig, *, num_identities: int, world_size: int) -> None:
+    """Refuse what can't be built, before anything starts.
+
+    Raises:
+        ValueError: The loss needs a library that isn't installed, or learns vectors of fewer identities than there are
+            processes to hold them.
+    """
+    of_library = not config.has_classes and config.name not in (*NPAIR_LOSSES, "angular", "npair-angular")
+    if of_library and find_spec("pytorch_metric_learning") is None:
+        raise ValueError(
+            f"loss.name: '{config.name}' needs pytorch-metric-learning; pip install 'facetrain[metric-learning]'"
+        )
+    if config.has_classes and num_identities < max(2, world_size):
+        raise ValueError(
+            f"data.shards: expected as many trained identities as processes, and two, got {num_identities}"
+        )
 
 
 def build_loss(
@@ -34,16 +55,14 @@ def build_loss(
         seed: 0 or more; for vectors, and for losses that draw at random.
 
     Raises:
-        ValueError: The loss needs a library that isn't installed, or there are too few identities.
+        ValueError: As `check_loss`.
     """
+    check_loss(config, num_identities=len(identities), world_size=world.world_size)
     if config.name in NPAIR_LOSSES:
         return NPairLoss(config, world)
     if config.name in ("angular", "npair-angular"):
         return AngularLoss(config, world)
     if not config.has_classes:
-        # Here, because the library takes a second to import and no other loss needs it.
-        from facetrain.losses.library import LibraryLoss
-
         return LibraryLoss(config, world, seed=seed)
     vectors = ClassVectors(identities, embedding_dim, config.classes, train, world, seed=seed)
     return GroupLoss(config, world, vectors, seed=seed) if config.name == "group" else ClassLoss(config, world, vectors)

@@ -26,21 +26,13 @@ class LibraryLoss(Loss):
     """
 
     def __init__(self, config: LossConfig, world: World, *, seed: int) -> None:
-        """Find the loss in the library.
+        """Find the loss in the library, which takes a second to import."""
+        import pytorch_metric_learning as library
+        import pytorch_metric_learning.losses
+        import pytorch_metric_learning.miners  # which also imports the distances and reducers
 
-        Raises:
-            ValueError: The library isn't installed.
-        """
         super().__init__(config, world)
         self.seed = seed
-        try:
-            import pytorch_metric_learning as library
-            import pytorch_metric_learning.losses
-            import pytorch_metric_learning.miners  # which also imports the distances and reducers
-        except ImportError:
-            raise ValueError(
-                f"loss.name: '{config.name}' needs pytorch-metric-learning; pip install 'facetrain[metric-learning]'"
-            ) from None
         self._function, self._mine = _FUNCTIONS[config.name](config, library)
 
     def data_loss(

@@ -3,7 +3,7 @@ import torch
 from distributed.ranks import run_ranks
 from torch.utils.checkpoint import checkpoint
 
-from facetrain.config import LossConfig
+from facetrain.config import Config, LossConfig, TrainConfig
 from facetrain.losses.npair import NPairLoss
 from facetrain.world import World
 
@@ -106,3 +106,10 @@ def test_what_has_no_memory_is_refused(settings: dict[str, object], got: str) ->
 def test_a_state_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a memory of labels and rows, got"):
         NPairLoss(CASES[0], World()).load_state({})
+
+
+def test_a_tile_holds_a_row_with_what_is_remembered() -> None:
+    with pytest.raises(
+        ValueError, match=r"loss\.tile_bytes: .* 128 bytes of a row of scores, 4 for each .* = 8, got 127"
+    ):
+        Config(train=TrainConfig(global_pairs=8), loss=LossConfig(memory_batches=3, tile_bytes=127))

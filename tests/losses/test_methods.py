@@ -17,7 +17,7 @@ from facetrain.config.loss_parameters import (
     RankedListConfig,
     TripletConfig,
 )
-from facetrain.losses.build import build_loss
+from facetrain.losses.build import build_loss, check_loss
 from facetrain.losses.classes import cosine_with_margin
 from facetrain.losses.group import draw_anchors
 from facetrain.losses.library import random_triplets
@@ -201,10 +201,10 @@ def test_proxy_nca_with_the_own_proxy_is_the_librarys():
     torch.testing.assert_close(value.data.float(), theirs(faces.float(), classes).detach())
 
 
-def test_without_its_library_a_loss_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pytorch_metric_learning", None)
-    with pytest.raises(ValueError, match=r"loss\.name: 'lifted' needs pytorch-metric-learning; pip install"):
-        make_loss(LossConfig(name="lifted"))
+@pytest.mark.parametrize(("identities", "ranks"), [(3, 4), (1, 1)])
+def test_class_vectors_need_an_identity_for_each_rank_and_two(identities, ranks):
+    with pytest.raises(ValueError, match=rf"as many trained identities as processes, and two, got {identities}"):
+        check_loss(LossConfig(name="softmax"), num_identities=identities, world_size=ranks)
 
 
 def test_what_a_loss_draws_depends_on_seed_and_step():
