@@ -40,13 +40,14 @@ def flags(synthetic: Path, run_dir: Path, **more: object) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def torchrun(world_size: int, *words: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    return [*launcher, "-m", "facetrain.train", *words]
+def training(world_size: int, *words: str) -> list[str]:
+    """The command of a training: a process by itself, or several by torchrun, which takes seconds more."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    return [sys.executable, *(launcher if world_size > 1 else ()), "-m", "facetrain.train", *words]
 
 
 def train(world_size: int, *words: str, cwd: Path) -> str:
-    done = run(*torchrun(world_size, *words), cwd=cwd, timeout_s=240)
+    done = run(*training(world_size, *words), cwd=cwd, timeout_s=240)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -121,10 +122,10 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 )
 def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_size, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = more | {"train__steps": 40}  # long enough to be killed in the middle
+    more = more | {"train__steps": 24}  # long enough to be killed in the middle
     train(world_size, *flags(synthetic, whole, **more), cwd=tmp_path)
 
-    command = torchrun(world_size, *flags(synthetic, cut, **more))
+    command = training(world_size, *flags(synthetic, cut, **more))
     kill_after_checkpoint(command, cut / "checkpoints" / "step-00000008")
     output = train(world_size, *flags(synthetic, cut, **more), cwd=tmp_path)
     assert "continues at step" in output
@@ -140,7 +141,7 @@ def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_siz
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(synthetic, tmp_path):
     words = flags(synthetic, tmp_path / "run", train__steps=100_000, train__save_every_steps=100_000)
-    job = psutil.Popen(torchrun(2, *words), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    job = psutil.Popen(training(2, *words), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     assert job.stderr is not None
     for line in job.stderr:
         if b"step     10/" in line:
@@ -261,7 +262,7 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
 def test_a_gradient_that_is_not_finite_ends_all_ranks_and_names_the_batch(synthetic, tmp_path):
     run_dir = tmp_path / "run"
     more = {"train__optimizer": "sgd", "train__learning_rate": 1e30, "mining__mode": "off", "model__norm": "none"}
-    done = run(*torchrun(2, *flags(synthetic, run_dir, train__save_every_steps=1, **more)), cwd=tmp_path)
+    done = run(*training(2, *flags(synthetic, run_dir, train__save_every_steps=1, **more)), cwd=tmp_path)
     assert done.returncode != 0
     record = json.loads((run_dir / "logs" / "not_finite.json").read_text())
     assert done.stderr.count(f"error: step {record['step']}: train/loss is") == 1
@@ -340,6 +341,6 @@ def test_what_goes_wrong_on_another_rank_alone_is_said_by_it(synthetic, tmp_path
 
 
 def test_under_torchrun_rank_0_alone_says_what_is_wrong(synthetic, tmp_path):
-    done = run(*torchrun(2, *flags(synthetic, tmp_path / "run", train__global_pairs=7)), cwd=tmp_path)
+    done = run(*training(2, *flags(synthetic, tmp_path / "run", train__global_pairs=7)), cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: train.global_pairs: expected a multiple of the 2 processes, got 7") == 1
