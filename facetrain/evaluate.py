@@ -134,8 +134,7 @@ def evaluate_checkpoints(
         def report() -> None:
             evaluation = replace(evaluate(names, embeddings, request, scores), not_aligned=not_aligned)
             read_picture = pictures_of(photographs.faces, names)
-            sha256 = network_sha256(checkpoints[0]) if len(checkpoints) == 1 else ""
-            subject = _listed(checkpoints)
+            subject, sha256 = _listed(checkpoints), _sha256_of(checkpoints)
             report_to_folder(evaluation, out, subject=subject, network_sha256=sha256, read_picture=read_picture)
 
         world.on_main(report)
@@ -179,7 +178,8 @@ def evaluate_bin(checkpoints: Sequence[Path], file: Path, options: EmbedOptions,
 
         def report() -> None:
             evaluation = evaluate_pairs(pairs, embeddings, dataset=request.dataset, convention=request.convention)
-            report_to_folder(evaluation, out, subject=_listed(checkpoints), read_picture=read_picture)
+            subject, sha256 = _listed(checkpoints), _sha256_of(checkpoints)
+            report_to_folder(evaluation, out, subject=subject, network_sha256=sha256, read_picture=read_picture)
 
         world.on_main(report)
 
@@ -242,6 +242,10 @@ def _in_order(
         where = "is missing" if key in wanted else "isn't among the images of the other"
         raise ValueError(f"{file}: {image_name(key)} {where}; expected the same {len(wanted):,} images in both")
     return embeddings[[row_of[key] for key in wanted]]
+
+
+def _sha256_of(checkpoints: Sequence[Path]) -> str:
+    return network_sha256(checkpoints[0]) if len(checkpoints) == 1 else ""
 
 
 def _listed(files: Sequence[Path]) -> str:

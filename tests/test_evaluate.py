@@ -20,7 +20,7 @@ from facetrain.data.sources import open_faces
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models import build_backbone
 from facetrain.models.onnx_backbone import OnnxInput
-from facetrain.networks import EmbedOptions, embed_all, open_network
+from facetrain.networks import EmbedOptions, embed_all, network_sha256, open_network
 from facetrain.world import World, start_world
 
 
@@ -137,7 +137,8 @@ def test_a_verification_file_gives_the_figures_of_its_pairs(
     lfw("--checkpoint", runs[0], "--bin", tmp_path / "drawn.bin", "--out", tmp_path / "bin")
     lfw("--checkpoint", runs[0], *heldout(synthetic), "--out", tmp_path / "lists")
     of_bin, of_lists = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("bin", "lists"))
-    assert list(of_bin) == ["verification", "thresholds"]
+    assert list(of_bin) == ["verification", "thresholds", "network_sha256"]
+    assert of_bin["network_sha256"] == network_sha256(runs[0])
     assert of_bin["verification"] == pytest.approx(of_lists["verification"])
     assert f"drawn: {len(images):,} images, embeddings 16 wide" in capsys.readouterr().out
 
