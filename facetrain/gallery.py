@@ -179,7 +179,9 @@ class Gallery:
             index=_grown(self.kind, None, embeddings, 0),
         )
 
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(
+        self, queries: NDArray[np.float32], k: int, *, exactly: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return who is most like each query; a person scores by the best of their images.
 
         flat is exact. ivf and hnsw look for the best images and then at whose they are.
@@ -187,6 +189,7 @@ class Gallery:
         Args:
             queries: float32 [Q, D], rows of unit length.
             k: People wanted.
+            exactly: As flat, whatever the kind.
 
         Returns:
             Scores, float32 [Q, k], best first, and rows of `persons`, int64 [Q, k]; -inf and -1 where fewer are found.
@@ -200,7 +203,7 @@ class Gallery:
             raise ValueError(f"queries: expected {self.embeddings.shape[1]} numbers each, got {queries.shape[1]}")
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         persons = np.full((len(queries), k), -1, dtype=np.int64)
-        if self.index is None:
+        if self.index is None or exactly:
             self._search_all(torch.from_numpy(queries), scores, persons)
         else:
             self._search_some(torch.from_numpy(queries), scores, persons)
@@ -229,10 +232,11 @@ class Gallery:
     def stranger_scores(self) -> NDArray[np.float32]:
         """How alike its own images are to other people: what a stranger's best score here looks like.
 
-        float32 [n], of n = min(I, 2000) images, evenly chosen: the best score among people who aren't theirs.
+        float32 [n], of n = min(I, 2000) images, evenly chosen: the best score among people who aren't theirs. Exact for
+        all kinds: an approximate search may find nothing but a person's own images.
         """
         rows = np.unique(np.linspace(0, len(self.names) - 1, min(len(self.names), _MOST_STRANGERS)).astype(np.int64))
-        scores, persons = self.search(self.embeddings[rows], 2)
+        scores, persons = self.search(self.embeddings[rows], 2, exactly=True)
         is_own = persons[:, 0] == self._group[rows]
         return np.where(is_own, scores[:, 1], scores[:, 0])
 

@@ -30,6 +30,16 @@ def test_equal_embeddings_get_equal_scores_to_the_bit(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("width", [512, 1024, 2000])
+def test_scores_do_not_depend_on_the_shape_of_a_product(width: int) -> None:
+    queries, items = random_unit(640, width, 8), random_unit(3000, width, 9)
+    whole = torch.cat([scores for _, scores in similarity_blocks(queries, items)])
+    torch.testing.assert_close(whole.double(), queries.double() @ items.double().T, atol=1e-6, rtol=0)
+    for num_queries, num_items in [(1, 3000), (3, 70), (64, 64), (200, 500), (65, 3000)]:
+        ((_, scores),) = similarity_blocks(queries[:num_queries], items[:num_items])
+        assert torch.equal(scores, whole[:num_queries, :num_items])
+
+
 def test_top_k_is_the_head_of_a_full_sort() -> None:
     queries, items = random_unit(150, 8, 2), random_unit(90, 8, 3)
     scores, rows = top_k(queries, items, 7, block_bytes=1)

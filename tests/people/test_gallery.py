@@ -1,12 +1,15 @@
 """Galleries: exact search against brute force, approximate search by its recall, and what interruption leaves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from facetrain.gallery import GALLERY_FILE, Gallery, Kind
+from facetrain.search import top_k
 
 
 def unit(num: int, seed: int, width: int = 24) -> NDArray[np.float32]:
@@ -119,3 +122,21 @@ def test_what_does_not_fit_is_refused() -> None:
         Gallery().search(unit(2, 0), 1)
     with pytest.raises(ValueError, match="'Nobody' is not in the gallery"):
         gallery.without({"Nobody"})
+
+
+class ExactIndex:
+    """An approximate index at its best."""
+
+    def __init__(self, embeddings: NDArray[np.float32]) -> None:
+        self.items = torch.from_numpy(embeddings)
+
+    def top_k(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return top_k(queries, self.items, k)
+
+
+def test_a_stranger_is_compared_with_other_people_where_one_has_many_images() -> None:
+    flat = drawn("flat", 600, 12)
+    approximate = replace(flat, kind="hnsw", index=ExactIndex(flat.embeddings))  # type: ignore[arg-type]
+    assert np.isneginf(approximate.search(flat.embeddings[:1], 2)[0][0, 1])  # it finds the person's own images alone
+    assert np.isfinite(approximate.stranger_scores).all()
+    assert np.array_equal(approximate.stranger_scores, flat.stranger_scores)
