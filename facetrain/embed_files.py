@@ -3,7 +3,8 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from facetrain.checkpoint.folder import flush
 from facetrain.command_line import say
 from facetrain.config import RunConfig
 from facetrain.data.embeddings_parquet import check_parquet, write_embeddings_parquet
@@ -29,7 +31,7 @@ from facetrain.networks import (
     open_aligner,
     open_network,
 )
-from facetrain.world import World, start_world
+from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
 PART_IMAGES = 8192
 """Images of a part: what is lost, at most, when a job is interrupted."""
@@ -65,7 +67,8 @@ def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out:
         parts = out.with_name(f"{out.name}.parts")
         world.on_main(lambda: _open_parts(parts, _plan_of(run, found, options), held))
         job.embed(parts)
-        world.on_main(lambda: _join(parts, found, out, has_aligner=aligner is not None))
+        with world.waiting_up_to(REPORT_TIMEOUT_S):
+            world.on_main(lambda: _join(parts, found, out, has_aligner=aligner is not None))
 
 
 def _stdin_lines() -> list[str]:
@@ -134,6 +137,8 @@ class _Job:
             progress=label,
         )
         not_aligned = self.photographs.not_aligned(self.world) or ()
+        if self.photographs.aligner:
+            self.photographs.aligner.forget()  # the next part has its own
         self.world.on_main(lambda: _write_part(file, embeddings, unreadable, not_aligned))
 
 
@@ -156,21 +161,29 @@ def _write_part(
 
 
 def _join(parts: Path, images: ImageSet, out: Path, *, has_aligner: bool) -> None:
-    """Make one file of the parts, and remove them."""
-    blocks, why, not_aligned = [], dict[int, str](), set[str]()
-    for part in range(-(-len(images.names) // PART_IMAGES)):
-        with np.load(_part_file(parts, part), allow_pickle=False) as content:
-            blocks.append(content["embeddings"])
+    """Make one file of the parts, with one of them in memory at a time, and remove them."""
+    files = [_part_file(parts, part) for part in range(-(-len(images.names) // PART_IMAGES))]
+    why, num_missed, width = dict[int, str](), 0, 0
+    for file in files:
+        with np.load(file, allow_pickle=False) as content:
             why |= dict(zip(content["unreadable"].tolist(), content["why"].tolist(), strict=True))
-            not_aligned |= set(content["not_aligned"].tolist())
+            num_missed += len(content["not_aligned"])
+            width = content["embeddings"].shape[1]
     list_unreadable(out.with_name(f"{out.name}.unreadable.txt"), images.names, why)
-    kept = [image for image in range(len(images.names)) if image not in why]
-    names = [images.names[image] for image in kept]
-    embeddings = unit_vectors(names, np.concatenate(blocks)[kept])
-    _write_embeddings(out, names, embeddings)
+    names = [name for image, name in enumerate(images.names) if image not in why]
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        for part, file in enumerate(files):
+            first = part * PART_IMAGES
+            with np.load(file, allow_pickle=False) as content:
+                embeddings = content["embeddings"]
+            kept = [row for row in range(len(embeddings)) if first + row not in why]
+            yield unit_vectors([images.names[first + row] for row in kept], embeddings[kept])
+
+    _write_embeddings(out, names, blocks(), width)
     shutil.rmtree(parts)
-    missed = f"; faces not found, centre taken instead: {len(not_aligned):,}" if has_aligner else ""
-    say(f"{out}: {len(names):,} embeddings of {embeddings.shape[1]} numbers{missed}")
+    missed = f"; faces not found, centre taken instead: {num_missed:,}" if has_aligner else ""
+    say(f"{out}: {len(names):,} embeddings of {width} numbers{missed}")
 
 
 def list_unreadable(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
@@ -188,11 +201,25 @@ def list_unreadable(file: Path, names: Sequence[str], why: dict[int, str]) -> No
     say(f"unreadable images: {len(why):,} of {len(names):,}, listed in {file}")
 
 
-def _write_embeddings(out: Path, names: Sequence[str], embeddings: NDArray[np.float32]) -> None:
+def _write_embeddings(out: Path, names: Sequence[str], blocks: Iterator[NDArray[np.float32]], width: int) -> None:
     """Write the file, at once or not at all."""
     aside = part_of(out).with_suffix(out.suffix)
     if out.suffix == ".npz":
-        np.savez(aside, names=np.array(names, dtype=np.str_), embeddings=embeddings)
+        _write_npz(aside, names, blocks, width)
     else:
-        write_embeddings_parquet(aside, names, embeddings)
+        write_embeddings_parquet(aside, names, blocks)
+    flush(aside)
     aside.replace(out)
+    flush(out.absolute().parent)
+
+
+def _write_npz(file: Path, names: Sequence[str], blocks: Iterator[NDArray[np.float32]], width: int) -> None:
+    """Write what `numpy.savez` would, without all embeddings in memory."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), width)}
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("names.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array(entry, np.array(names, dtype=np.str_), allow_pickle=False)
+        with archive.open("embeddings.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for block in blocks:
+                entry.write(block.astype("<f4", copy=False).tobytes())

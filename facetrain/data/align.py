@@ -47,6 +47,10 @@ class FaceAligner:
         """Names of the photographs whose centre was taken instead, sorted."""
         return tuple(sorted(self._not_found))
 
+    def forget(self) -> None:
+        """Begin `not_found` anew."""
+        self._not_found.clear()
+
     def align(self, photograph: Photograph) -> Image:
         """Return the aligned face, uint8 [112, 112, 3], RGB.
 

@@ -251,7 +251,7 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
         The image names, and the embeddings as float32 [n, D] (float16 and float64 are converted).
 
     Raises:
-        ValueError: not an npz, truncated, a key missing, or arrays of other types and shapes.
+        ValueError: not an npz, truncated, a key missing, arrays of other types and shapes, or a name that stands twice.
     """
     arrays = read_npz(path, ("names", "embeddings"))
     names, embeddings = arrays["names"], arrays["embeddings"]
@@ -260,6 +260,10 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
     if embeddings.dtype.kind != "f" or embeddings.ndim != 2 or len(embeddings) != len(names):
         expected = f"floats [{len(names)}, D], one row a name"
         raise ValueError(f"{path}: expected 'embeddings' to be {expected}, got {embeddings.dtype} {embeddings.shape}")
+    distinct, first = np.unique(names, return_index=True)
+    if len(distinct) < len(names):
+        twice = names[np.setdiff1d(np.arange(len(names)), first)[0]]
+        raise ValueError(f"{path}: expected every image once, {twice} stands twice")
     return tuple(names.tolist()), embeddings.astype(np.float32)
 
 

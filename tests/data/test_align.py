@@ -97,6 +97,8 @@ def test_a_face_that_is_not_found_is_counted_once() -> None:
     for name in ("C/C_0002.jpg", "C/C_0001.jpg", "C/C_0002.jpg"):
         assert (aligner.align(Photograph(photograph, name)) == 90).all()
     assert aligner.not_found == ("C/C_0001.jpg", "C/C_0002.jpg")
+    aligner.forget()
+    assert aligner.not_found == ()
     with pytest.raises(ValueError, match="D: expected an image, got 4 bytes"):
         aligner.align(Photograph(b"text", "D"))
 

@@ -143,6 +143,7 @@ def test_npz_in_float16_becomes_float32(tmp_path: Path) -> None:
         ({"names": np.array(["A"]), "embeddings": np.eye(1, dtype=int)}, r"floats \[1, D\], one row a name, got int64"),
         ({"names": np.array(["A"], dtype=object), "embeddings": np.eye(1)}, "not a readable .npz file"),
         ({"names": np.array(["A", "B"]), "embeddings": RAGGED}, "rows whose widths differ"),
+        ({"names": np.array(["A", "B", "A"]), "embeddings": np.eye(3)}, "expected every image once, A stands twice"),
     ],
 )
 def test_an_npz_of_other_arrays_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,30 @@ def test_two_ranks_write_what_one_does(pictures: Path, run: Path, tmp_path: Path
         load_embeddings_npz(tmp_path / "one.npz")[1], load_embeddings_npz(tmp_path / "two.npz")[1]
     )
     assert "9.jpg" in (tmp_path / "two.npz.unreadable.txt").read_text()
+
+
+def test_what_is_joined_is_as_numpy_writes_it_and_a_part_lists_its_own_photographs_alone(
+    pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embed_files, "PART_IMAGES", 2)
+    points = tmp_path / "points.txt"
+    points.write_text("2.jpg 38 51 73 51 56 71 41 92 70 92\n")
+    listed, write = [], embed_files._write_part
+
+    def write_and_look(*args: object) -> None:
+        listed.append(args[3])
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embed_files, "_write_part", write_and_look)
+    embed(pictures, "--checkpoint", run, "--landmarks", points, "--out", tmp_path / "e.npz")
+    names, embeddings = load_embeddings_npz(tmp_path / "e.npz")
+    assert listed == [tuple(name for name in names[part : part + 2] if name != "2.jpg") for part in (0, 2, 4)]
+    assert "faces not found, centre taken instead: 4" in capsys.readouterr().out
+    np.savez(tmp_path / "numpy.npz", names=np.array(names), embeddings=embeddings)
+    for file in ("e.npz", "numpy.npz"):
+        with zipfile.ZipFile(tmp_path / file) as archive:
+            assert archive.testzip() is None
+    with zipfile.ZipFile(tmp_path / "e.npz") as ours, zipfile.ZipFile(tmp_path / "numpy.npz") as numpys:
+        assert {name: ours.read(name) for name in ours.namelist()} == {
+            name: numpys.read(name) for name in numpys.namelist()
+        }
