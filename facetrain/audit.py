@@ -45,13 +45,20 @@ class _People:
     """Says where an image comes from."""
 
     def embed(self, network: Network, options: EmbedOptions, world: World) -> NDArray[np.float32]:
-        """Return float32 [images, D], rows of unit length, the same on every rank."""
-        names = [self.where(image) for image in range(int(self.bounds[-1]))]
+        """Return float32 [images, D], the same on every rank."""
+        names = self._where_all()
 
         def decode(image: int, data: DataConfig) -> NDArray[np.uint8]:
             return decode_face(self.read(image), data, names[image])
 
-        return unit_vectors(names, embed_all([network], decode, names, options, world))
+        return embed_all([network], decode, names, options, world)
+
+    def unit(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what `embed` gave with rows of unit length."""
+        return unit_vectors(self._where_all(), embeddings)
+
+    def _where_all(self) -> list[str]:
+        return [self.where(image) for image in range(int(self.bounds[-1]))]
 
 
 def audit_shards(
@@ -76,18 +83,21 @@ def audit_shards(
     network, shards = open_network(checkpoint, options.onnx), ShardSet.open(folder)
     trained = _People(shards.table.names, np.asarray(shards.table.first_image), shards.read, shards.where)
     tested = _open_test(against) if against else None
+    if min_score is None and np.diff(trained.bounds).max(initial=0) < 2:
+        raise ValueError(f"--min-score: expected one, since no identity of {folder} has two images to tell it from")
     out.mkdir(parents=True, exist_ok=True)
     with start_world(options.device, REPORT_TIMEOUT_S) as world:
-        trained_nD = trained.embed(network, options, world)
-        tested_nD = tested.embed(network, options, world) if tested else None
+        of_trained = trained.embed(network, options, world)
+        of_tested = tested.embed(network, options, world) if tested else None
 
         def report() -> None:
+            trained_nD = trained.unit(of_trained)
             found = {
                 "duplicates": duplicates(trained_nD, trained.bounds),
                 "mixtures": mixtures(trained_nD, trained.bounds),
             }
-            if tested and tested_nD is not None:
-                found["overlaps"] = overlaps(trained_nD, trained.bounds, tested_nD, tested.bounds)
+            if tested and of_tested is not None:
+                found["overlaps"] = overlaps(trained_nD, trained.bounds, tested.unit(of_tested), tested.bounds)
             least = telling_score(trained_nD, trained.bounds, found["duplicates"]) if min_score is None else min_score
             _write_lists(found, trained, tested, least, out)
             (out / "audit.html").write_text(_page(found, trained, tested, least, checkpoint), encoding="utf-8")

@@ -65,7 +65,7 @@ def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out:
         found = found or open_images(on_disk, world.on_main(_stdin_lines))
         job = _Job(network, Photographs(found, aligner), options, world)
         parts = out.with_name(f"{out.name}.parts")
-        world.on_main(lambda: _open_parts(parts, _plan_of(run, found, options), held))
+        world.on_main(lambda: _open_parts(parts, _plan_of(run, network, found, options), held))
         job.embed(parts)
         with world.waiting_up_to(REPORT_TIMEOUT_S):
             world.on_main(lambda: _join(parts, found, out, has_aligner=aligner is not None))
@@ -75,11 +75,13 @@ def _stdin_lines() -> list[str]:
     return [line.strip() for line in sys.stdin if line.strip()]
 
 
-def _plan_of(run: Path, images: ImageSet, options: EmbedOptions) -> dict[str, object]:
+def _plan_of(run: Path, network: Network, images: ImageSet, options: EmbedOptions) -> dict[str, object]:
     """Return what decides the embeddings, to the bit on the same kind of device."""
     plan = {
         "images": images.fingerprint(),
         "network": network_sha256(run),
+        "preprocessing": vars(network.data),
+        "precision": network.precision,
         "mirror": options.mirror,
         "onnx": vars(options.onnx),
         "part_images": PART_IMAGES,

@@ -20,6 +20,7 @@ from facetrain.evaluation.inputs import (
     PairList,
     check_people,
     face_set,
+    image_key,
     image_name,
     load_embeddings_npz,
     unit_vectors,
@@ -87,6 +88,7 @@ def evaluate_embeddings(
     check_out_folder(out)
     names, embeddings = load_embeddings_npz(file)
     read_lists(names, request)
+    _warn_of_scattered_people(names)
     read_picture = pictures_of(open_faces(images), names) if images else None
     crowd = distractors.open()
     with start_world(device, REPORT_TIMEOUT_S) as world:
@@ -127,6 +129,8 @@ def evaluate_checkpoints(
     read_lists(names, request)
     crowd = distractors.open()
     with start_world(options.device, REPORT_TIMEOUT_S) as world:
+        if crowd is not None:
+            crowd.check_width(sum(network.width(world) for network in networks))
         embeddings = embed_all(networks, photographs.decode, names, options, world)
         not_aligned = photographs.not_aligned(world)
         scores = distractors.score(crowd, names, embeddings, world)
@@ -200,6 +204,8 @@ def compare_files(
     Raises:
         ValueError: A file or a list can't be used, or the two don't hold the same images; the message names it.
     """
+    if out is not None:
+        check_out_folder(out)
     files = [file for file in (a, b) if file.suffix != ".npz"]
     if bool(files) != bool(images):
         expected = f"to embed with {files[0]}" if files else "none, since both are .npz files"
@@ -217,9 +223,9 @@ def compare_files(
 
         def report() -> None:
             comparison = compare(names, embeddings[a], embeddings[b], request)
+            sys.stdout.write(format_comparison(comparison, str(a), str(b)))
             if out is not None:
                 write_comparison(comparison, out)
-            sys.stdout.write(format_comparison(comparison, str(a), str(b)))
 
         world.on_main(report)
 
@@ -231,6 +237,19 @@ def _open_photographs(images: Sequence[Path], options: EmbedOptions) -> Photogra
         say(left_out)
     check_people(photographs.faces.names, photographs.faces.identities)
     return photographs
+
+
+def _warn_of_scattered_people(names: Sequence[str]) -> None:
+    """Say where file names take the images of several folders for one person's."""
+    folder_of = dict[str, str]()
+    for name in names:
+        person, folder = image_key(name)[0], name.rpartition("/")[0]
+        if folder_of.setdefault(person, folder) != folder:
+            say(
+                f"warning: images of {person} lie in {folder_of[person]} and in {folder}, and count as one person's:"
+                " file names tell who it is"
+            )
+            return
 
 
 def _in_order(

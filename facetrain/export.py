@@ -56,7 +56,8 @@ def export_network(run: Path, out: Path, *, form: Form, preprocess: bool) -> str
         else:
             _write_torch(network, inputs[max(inputs)], aside)
             exported = torch.export.load(aside).module()
-        difference = max(_difference(backbone, exported, faces[:size], inputs[size], data) for size in inputs)
+        differences = [_difference(backbone, exported, faces[:size], inputs[size], data) for size in inputs]
+        difference = float(np.max(differences))  # NaN where any is
         if not difference <= MAX_DIFFERENCE:
             raise ValueError(
                 f"{out}: embeddings differ from PyTorch's by {difference:.1e}, more than {MAX_DIFFERENCE:g}"

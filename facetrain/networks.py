@@ -52,6 +52,12 @@ class Network:
     data: DataConfig
     precision: Literal["float32", "bfloat16"]
 
+    def width(self, world: World) -> int:
+        """Return how many numbers an embedding has, by embedding a black face on this rank."""
+        face = np.zeros((self.data.image_px, self.data.image_px, self.data.channels), np.uint8)
+        alone, backbone = World(device=world.device), self.backbone.to(world.device)
+        return embed_images(backbone, lambda _: face, 1, world=alone, precision=self.precision).shape[1]
+
 
 def network_sha256(file: Path) -> str:
     """Return the checksum of a network's weights, wherever they lie."""
@@ -150,8 +156,12 @@ def embed_all(
         ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite, or in another
             width than the first.
     """
-    if len(networks) > 1 and names:
-        _check_widths(networks, decode, world)
+    if len(networks) > 1:
+        widths = [network.width(world) for network in networks]
+        for network, width in zip(networks, widths, strict=True):
+            if width != widths[0]:
+                expected = f"expected embeddings of {widths[0]} numbers, as of {networks[0].file}, got {width}"
+                raise ValueError(f"{network.file}: {expected}; an ensemble's networks have one width")
     parts = []
     for network in networks:
         embeddings = embed_images(
@@ -173,20 +183,6 @@ def embed_all(
         except ValueError as error:
             raise ValueError(f"{network.file}: {error}") from None
     return np.concatenate(parts, axis=1)
-
-
-def _check_widths(networks: Sequence[Network], decode: Decode, world: World) -> None:
-    """Refuse networks of several widths by one image, before each embeds them all."""
-    alone, widths = World(device=world.device), []
-    for network in networks:
-        backbone = network.backbone.to(world.device)
-        one = embed_images(backbone, _seen_by(network, decode), 1, world=alone, precision=network.precision)
-        widths.append(one.shape[1])
-        if widths[-1] != widths[0]:
-            raise ValueError(
-                f"{network.file}: expected embeddings of {widths[0]} numbers, as of {networks[0].file}, got"
-                f" {widths[-1]}; an ensemble's networks have one width"
-            )
 
 
 def embed_readable(

@@ -133,7 +133,8 @@ def update_gallery(
             network = _network_of(gallery, faces)
             if network:
                 _warn_of_differences(gallery, options)
-            found = _embed(faces, network, options, folder / "unreadable.txt", are_known=True, pictures=pictures)
+            unreadable = folder / "unreadable.txt"
+            found = _embed(gallery, faces, network, options, unreadable, are_known=True, pictures=pictures)
             gallery = gallery.with_images(found.names, found.people, found.embeddings, found.pictures)
             if network:
                 gallery = replace(
@@ -172,7 +173,7 @@ def search_gallery(
     if out:
         out.mkdir(parents=True, exist_ok=True)
     unreadable = out / "unreadable.txt" if out else None
-    found = _embed(faces, network, options, unreadable, are_known=False, pictures=out is not None)
+    found = _embed(gallery, faces, network, options, unreadable, are_known=False, pictures=out is not None)
     scores, persons = gallery.search(found.embeddings, top)
     rows = [
         _row(gallery, name, own_scores, own_persons, threshold)
@@ -191,10 +192,10 @@ def search_gallery(
     if out:
         record = {"gallery": str(folder), "decision": about, "images": rows}
         write_text(out / "search.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        best = [
+        best = (
             [gallery.pictures[gallery.best_image(query, person)] for person in some.tolist() if person >= 0]
             for query, some in zip(found.embeddings, persons, strict=True)
-        ]
+        )
         head = "; ".join(filter(None, (f"{len(gallery.persons):,} people in {folder}", about, counts)))
         write_text(out / "search.html", search_page(rows, found.pictures, best, head))
         say(f"pictures  {out / 'search.html'}")
@@ -247,6 +248,7 @@ def _network_of(gallery: Gallery, faces: Faces) -> Path | None:
 
 
 def _embed(
+    gallery: Gallery,
     faces: Faces,
     network: Path | None,
     options: EmbedOptions,
@@ -258,6 +260,7 @@ def _embed(
     """Embed images or read embeddings; images that can't be read are listed in a file.
 
     Args:
+        gallery: What they are for.
         faces: Which.
         network: What embeds images.
         options: How.
@@ -275,6 +278,11 @@ def _embed(
         say(left_out)
     images = labelled or open_images(faces.images)
     world, opened = World.alone(options.device), open_network(network, options.onnx)
+    width = opened.width(world)
+    if gallery.names and width != (wanted := gallery.embeddings.shape[1]):
+        raise ValueError(
+            f"--checkpoint: {network}: expected embeddings of {wanted} numbers, as in the gallery, got {width}"
+        )
     photographs = Photographs(images, open_aligner(options))
     rows = range(len(images.names))
     embeddings, why = embed_readable(opened, photographs, rows, options, world)

@@ -133,6 +133,7 @@ def _measure(
     retrieval = retrieve(unit, labels, recall_at=recall_at, neighbours=neighbours, device=device)
     won = verify_against_negatives(unit, labels, negatives, seed=settings.seed, device=device)
     seeds = range(settings.seed, settings.seed + settings.clusterings)
+    write_results(_results(labels, retrieval, won, ()), out)  # clustering can take as long again
     agreements = cluster(unit, labels.label, seeds, device=device)
     results = _results(labels, retrieval, won, agreements)
     write_results(results, out)

@@ -1,6 +1,6 @@
 """What a search found, as one HTML page with pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from facetrain import __version__
@@ -14,7 +14,7 @@ _VERDICTS = {True: ("known", "pair known"), False: ("unknown", "pair unknown"), 
 def search_page(
     rows: Sequence[Mapping[str, Any]],
     pictures: Sequence[bytes],
-    found: Sequence[Sequence[bytes]],
+    found: Iterable[Sequence[bytes]],
     about: str,
 ) -> str:
     """Return the page: each face beside the people it is most like.
@@ -22,7 +22,7 @@ def search_page(
     Args:
         rows: [n], as search.json holds them.
         pictures: [n], a JPEG of each face, or empty bytes.
-        found: [n], of each of its matches the JPEG of the most alike image, or empty bytes.
+        found: [n], of each of its matches the JPEG of the most alike image, or empty bytes; asked for as far as shown.
         about: The gallery and the threshold, in a line.
     """
     parts = [text("Who is this?", "h1"), text(about, css="quiet")]

@@ -59,3 +59,17 @@ def test_without_a_test_set_it_looks_for_duplicates_alone(synthetic: Path, netwo
     main(["audit", str(synthetic / "shards"), "--checkpoint", str(network), "--device", "cpu", "--out", str(tmp_path)])
     assert not (tmp_path / "exclude.txt").exists()
     assert json.loads((tmp_path / "audit.json").read_text()).keys() == {"min_score", "duplicates", "mixtures"}
+
+
+def test_without_a_second_image_of_anybody_a_score_is_asked_for_first(
+    synthetic: Path, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in sorted((synthetic / "faces" / "train").iterdir())[:4]:
+        (tmp_path / "faces" / folder.name).mkdir(parents=True)
+        shutil.copy(next(folder.iterdir()), tmp_path / "faces" / folder.name)
+    main(["pack", str(tmp_path / "faces"), str(tmp_path / "shards"), "--workers", "1"])
+    words = ["--checkpoint", str(network), "--device", "cpu", "--out", str(tmp_path / "audit")]
+    with pytest.raises(SystemExit):
+        main(["audit", str(tmp_path / "shards"), *words])
+    assert "--min-score: expected one, since no identity of " in capsys.readouterr().err
+    assert not (tmp_path / "audit").exists()

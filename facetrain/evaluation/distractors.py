@@ -57,6 +57,12 @@ class Crowd:
         """Return how many distractors there are."""
         return sum(block.stop - block.start for block in self.blocks)
 
+    def check_width(self, expected: int) -> None:
+        """Raise ValueError, naming a file, where embeddings have another width."""
+        if self.embedding_dim != expected:
+            file = self.blocks[0].file
+            raise ValueError(f"{file}: expected embeddings {expected} wide, got {self.embedding_dim}")
+
     def read(self, block: Block) -> Tensor:
         """Return the unit vectors of a block, float32 [block, D].
 
@@ -159,9 +165,7 @@ def search_crowd(
     Raises:
         ValueError: The crowd is of another width, an embedding of it can't be used, or FAISS isn't installed.
     """
-    if crowd.embedding_dim != embeddings.shape[1]:
-        file, expected = crowd.blocks[0].file, embeddings.shape[1]
-        raise ValueError(f"{file}: expected embeddings {expected} wide, got {crowd.embedding_dim}")
+    crowd.check_width(embeddings.shape[1])
     check_search(search)
     queries_nD = torch.from_numpy(embeddings).to(world.device)
     share = _share_of_rank(crowd, world)

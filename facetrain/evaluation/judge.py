@@ -182,7 +182,6 @@ def _request(config: Config) -> Request:
         open_set_people=Path(settings.open_set_people) if settings.open_set_people else None,
         draws=settings.draws,
         dataset=settings.dataset,
-        seed=config.run.seed,
     )
 
 

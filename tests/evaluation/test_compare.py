@@ -102,6 +102,15 @@ def test_files_of_other_images_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert f"b.npz: {Path(names[0]).stem} is missing; expected the same" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(["compare", "a.npz", "b.npz", "--dataset", "drawn", "--out", str(tmp_path / "file" / "out")])
+    assert "--out: " in capsys.readouterr().err
+
+
 def test_a_fault_of_one_side_says_which(tmp_path: Path) -> None:
     names, embeddings, request = drawn(tmp_path)
     zero = embeddings.copy()

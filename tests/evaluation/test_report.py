@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from face_lists import tied_set, write_pairs
 
+from facetrain.cli import main
 from facetrain.evaluation.lfw import Evaluation, evaluate
 from facetrain.evaluation.lists import Request
 from facetrain.evaluation.report import format_table, report_to_folder, write_results
@@ -94,3 +95,16 @@ def test_evaluating_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(empty)
     evaluate(names, embeddings, Request(pairs=pairs, dataset="drawn"))
     assert not list(empty.iterdir())
+
+
+def test_people_whose_images_lie_in_several_folders_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, embeddings = tied_set(0)
+    pairs = write_pairs(tmp_path / "pairs.txt", names)
+    for folders, is_said in ((1, False), (2, True)):
+        scattered = [f"part{number % folders}/{Path(name).name}" for number, name in enumerate(names)]
+        np.savez(tmp_path / "e.npz", names=np.array(scattered), embeddings=embeddings)
+        lists = ["--pairs", str(pairs), "--dataset", "drawn"]
+        main(["lfw", "--embeddings", str(tmp_path / "e.npz"), *lists, "--out", str(tmp_path / f"out{folders}")])
+        assert ("lie in part0 and in part1, and count as one person's" in capsys.readouterr().out) == is_said

@@ -81,10 +81,16 @@ def test_torch_export_embeds_any_number_of_faces(run: Path, tmp_path: Path) -> N
     assert exported(torch.zeros(3, 3, 40, 40)).shape == (3, 16)
 
 
+@pytest.mark.parametrize("differences", [(0.0, 1e-3), (0.0, float("nan"))])
 def test_an_export_that_differs_is_not_written(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    differences: tuple[float, float],
 ) -> None:
-    monkeypatch.setattr("facetrain.export.MAX_DIFFERENCE", -1.0)
+    found = iter(differences)
+    monkeypatch.setattr("facetrain.export._difference", lambda *_: next(found))
     with pytest.raises(SystemExit):
         main(["export", str(run), "--format", "torch", "--out", str(tmp_path / "m.pt2")])
     assert "differ from PyTorch's" in capsys.readouterr().err

@@ -95,6 +95,19 @@ def test_other_weights_than_the_gallerys_are_refused(
     assert "has other weights" in capsys.readouterr().err
 
 
+def test_a_network_of_another_width_than_the_gallerys_is_refused_before_it_embeds(
+    synthetic: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "e.npz", names=np.array(["a/1.jpg", "b/1.jpg"]), embeddings=np.eye(2, 5, dtype=np.float32))
+    run_main("index", tmp_path / "g", "--embeddings", tmp_path / "e.npz")
+    images = synthetic / "faces" / "heldout"
+    with pytest.raises(SystemExit):
+        run_main("search", tmp_path / "g", "--checkpoint", run, "--images", images, "--device", "cpu")
+    captured = capsys.readouterr()
+    assert "expected embeddings of 5 numbers, as in the gallery, got 16" in captured.err
+    assert "embed " not in captured.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
