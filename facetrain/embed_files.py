@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from facetrain.checkpoint.folder import flush
 from facetrain.command_line import say
 from facetrain.config import RunConfig
 from facetrain.data.embeddings_parquet import check_parquet, write_embeddings_parquet
 from facetrain.data.images import ImageSet, open_images
-from facetrain.data.index import part_of
-from facetrain.data.manifest import combined_sha256, write_text
+from facetrain.data.manifest import combined_sha256
 from facetrain.embed import fitting_batch
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.lock import hold_folder
@@ -31,6 +29,7 @@ from facetrain.networks import (
     open_aligner,
     open_network,
 )
+from facetrain.whole_file import part_of, put_in_place, write_text
 from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
 PART_IMAGES = 8192
@@ -210,9 +209,7 @@ def _write_embeddings(out: Path, names: Sequence[str], blocks: Iterator[NDArray[
         _write_npz(aside, names, blocks, width)
     else:
         write_embeddings_parquet(aside, names, blocks)
-    flush(aside)
-    aside.replace(out)
-    flush(out.absolute().parent)
+    put_in_place(aside, out)
 
 
 def _write_npz(file: Path, names: Sequence[str], blocks: Iterator[NDArray[np.float32]], width: int) -> None:

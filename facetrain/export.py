@@ -1,7 +1,6 @@
 """Networks for other programs: ONNX and torch.export, compared with PyTorch on the spot."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +13,9 @@ from facetrain.batch import network_input
 from facetrain.checkpoint.weights import load_backbone
 from facetrain.config import DataConfig
 from facetrain.data.decode import present_face
-from facetrain.data.index import part_of
 from facetrain.models.onnx_backbone import ONNX_DATA_KEY, OnnxBackbone, OnnxInput
 from facetrain.models.pixels import FacePixels
+from facetrain.whole_file import part_of, put_in_place
 
 Form = Literal["onnx", "torch"]
 
@@ -62,7 +61,7 @@ def export_network(run: Path, out: Path, *, form: Form, preprocess: bool) -> str
             raise ValueError(
                 f"{out}: embeddings differ from PyTorch's by {difference:.1e}, more than {MAX_DIFFERENCE:g}"
             )
-        os.replace(aside, out)
+        put_in_place(aside, out)
     finally:
         aside.unlink(missing_ok=True)
     shape = ", ".join(["B", *map(str, inputs[1].shape[1:])])

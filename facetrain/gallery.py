@@ -3,7 +3,6 @@
 Dims: Q queries, I images in the gallery, K people in it, k people wanted, D width.
 """
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from facetrain.data.index import part_of
 from facetrain.evaluation.inputs import read_npz
 from facetrain.search import ApproximateIndex, check_faiss, group_maxima
+from facetrain.whole_file import part_of, put_in_place
 
 Kind = Literal["flat", "ivf", "hnsw"]
 
@@ -120,9 +119,7 @@ class Gallery:
                 picture_ends=np.cumsum([len(picture) for picture in self.pictures], dtype=np.int64),
                 index=self.index.to_bytes() if self.index else np.empty(0, np.uint8),
             )
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(folder / GALLERY_FILE)
+        put_in_place(aside, folder / GALLERY_FILE)
 
     def with_images(
         self, names: Sequence[str], people: Sequence[str], embeddings: NDArray[np.float32], pictures: Sequence[bytes]

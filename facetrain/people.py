@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from facetrain.command_line import say
 from facetrain.data.decode import thumbnail
 from facetrain.data.images import open_images
-from facetrain.data.manifest import write_text
 from facetrain.data.sources import open_faces
 from facetrain.embed_files import list_unreadable
 from facetrain.evaluation.inputs import image_key, load_embeddings_npz, unit_vectors
@@ -21,6 +20,7 @@ from facetrain.gallery import GALLERY_FILE, Gallery, Kind
 from facetrain.lock import hold_folder
 from facetrain.networks import EmbedOptions, Photographs, embed_readable, network_sha256, open_aligner, open_network
 from facetrain.search_page import search_page
+from facetrain.whole_file import write_text
 from facetrain.world import World
 
 PICTURE_PX = 112

@@ -34,7 +34,7 @@ from facetrain.models import Backbone, build_backbone, convert_sync_batchnorm
 from facetrain.networks import network_sha256
 from facetrain.run_folder import RunFolder, claim_run_folder, start_logging
 from facetrain.step import train_step
-from facetrain.tracking import Tracker
+from facetrain.tracking import Tracker, lacks_results
 from facetrain.tracking.environment import git_commit
 from facetrain.watch.health import CollapseWatch, FiniteWatch, loss_of_equal_scores, not_finite_error
 from facetrain.watch.heartbeat import Heartbeat
@@ -44,9 +44,6 @@ from facetrain.watch.stragglers import StepClock, TimedLoss
 from facetrain.world import World, launched_world_size, start_world
 
 log = logging.getLogger("facetrain.train")  # not __name__: torchrun runs this file as __main__
-
-_TRACKED_FILES = ("config.yaml", "results.json", "report.html", "figures", "model_card.md")
-"""What MLflow gets of the folder of a finished run, besides a model."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,6 +67,8 @@ def train(config: Config) -> None:
             if folder.is_finished:
                 log.info(f"{folder.path} is finished: results are in {folder.path / 'results.json'}")
                 name = config.tracking.register_as
+                if config.tracking.backend == "mlflow" and world.is_main and lacks_results(folder.path):
+                    log.info(f"`facetrain sync {folder.path}` sends MLflow what it lacks of it")
                 if name is not None and config.tracking.backend == "mlflow":
                     log.info(f"`facetrain sync {folder.path} --register {name}` registers it, where that isn't done")
             else:
@@ -185,6 +184,7 @@ class Run:
                     waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
                 paused_at = time.perf_counter()
                 if self._due(config.eval.every_steps) and state.step < config.train.steps:
+                    self._stop_if_not_finite()
                     self._log_judgement(self.judge.judge(self.engine.backbone, self.world))
                 if self._due(config.train.save_every_steps) or state.best_step == state.step:
                     self._save()
@@ -216,7 +216,10 @@ class Run:
 
     def _mine_if_due(self) -> None:
         """Before a round's step, on all ranks: mine the lists of coming steps. The plan takes them at a fixed lag."""
-        found = self.miner.mine_before(self.state.step, self.engine.backbone) if self.miner else None
+        if self.miner is None or not self.miner.is_due(self.state.step):
+            return
+        self._stop_if_not_finite()
+        found = self.miner.mine_before(self.state.step, self.engine.backbone)
         if found is not None:
             first_step, mined = found
             self.plan.add_mined(first_step, mined.identities_BN)
@@ -277,6 +280,7 @@ class Run:
 
     def _log_judgement(self, judgement: Judgement) -> None:
         """Record how good the network is, and whether it is the best so far by `eval.best_metric`."""
+        self.saver.settle(self.state)  # if the best before couldn't be written, it is none to compare with
         best_metric, figures = self.config.eval.best_metric, judgement.metrics()
         if best_metric in figures and figures[best_metric] > self.state.best_value:
             self.state.best_value, self.state.best_step = figures[best_metric], self.state.step
@@ -304,8 +308,7 @@ class Run:
             card = write_model_card(path, self.config, self.inputs.shards.manifest, judgement.results(), git_commit())
             self.tracker.describe(card)
             write_results(judgement.results() | {NETWORK_KEY: network_sha256(path)}, path)
-            self.tracker.artifacts(*(path / name for name in _TRACKED_FILES))
-            self.tracker.model(path)
+            self.tracker.results()
             if state.best_step >= 0:
                 best = checkpoint_folder(path, state.best_step)
                 log.info(f"best      {best}  {self.config.eval.best_metric} {state.best_value:.2%}")

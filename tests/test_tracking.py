@@ -9,7 +9,7 @@ from mlflow_server import free_port, mlflow_server, wait_until
 from proxy import TcpProxy
 
 from facetrain.config import TrackingConfig
-from facetrain.tracking import Tracker, environment, sync
+from facetrain.tracking import Tracker, environment, lacks_results, sync
 from facetrain.tracking import tracker as tracker_module
 from facetrain.tracking.mlflow_store import MlflowStore
 from facetrain.tracking.outbox import Outbox
@@ -42,7 +42,6 @@ def test_a_resumed_job_continues_its_run_and_logs_each_step_once(tmp_path):
     for step in (2, 3):
         again.metrics(step, {"train/loss": 1.0 / step})
     (tmp_path / "results.json").write_text("{}")
-    again.artifacts(tmp_path / "results.json")
     again.finish()
 
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
@@ -52,7 +51,6 @@ def test_a_resumed_job_continues_its_run_and_logs_each_step_once(tmp_path):
     assert run.data.params == {"train.steps": "4", "data.workers": "1", "data.shards": "https://***@host/faces"}
     assert run.data.tags["version.torch"]
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["results.json"]
 
 
 class BadServer(http.server.ThreadingHTTPServer):
@@ -98,7 +96,8 @@ def test_a_bad_server_stops_no_training_and_another_gets_all_of_it_later(tmp_pat
         for step in range(300):
             tracker.metrics(step, {"train/loss": 1.0, "train/grad_norm": 2.0})
         (tmp_path / "results.json").write_text("{}")
-        tracker.artifacts(tmp_path / "results.json")
+        monkeypatch.setattr(tracker_module, "write_model", lambda run_dir: run_dir / "results.json")
+        tracker.results()
         tracker.finish()
         assert "secret" not in tracker.where()
     assert "training goes on" in caplog.text
@@ -113,6 +112,39 @@ def test_a_bad_server_stops_no_training_and_another_gets_all_of_it_later(tmp_pat
     assert [metric.step for metric in history] == list(range(300))
     assert run.info.status == "FINISHED"
     assert [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)] == ["results.json"]
+
+
+def test_a_run_that_was_killed_when_it_had_finished_is_completed_later(tmp_path, monkeypatch):
+    tracker = Tracker(TrackingConfig(), tmp_path, World(), parameters={"train.steps": 4})
+    tracker.metrics(4, {"train/loss": 1.0})
+    assert not lacks_results(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    tracker.finish()  # so that its thread ends
+    assert not lacks_results(tmp_path)
+    Outbox.open(tmp_path).update(status="RUNNING", sent_status="RUNNING")  # as a kill before results() leaves it
+    assert lacks_results(tmp_path)
+    monkeypatch.setattr(tracker_module, "write_model", lambda run_dir: run_dir / "results.json")
+    sync(tmp_path)
+    assert not lacks_results(tmp_path)
+    run, _ = tracked_run()
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)] == ["results.json"]
+
+
+def test_a_damaged_line_of_figures_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "at": 2.0, "train/loss": 1.0}\n{"step": 2, "tra\n{"step": 3}\n'
+    )
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a line of figures and their step, as JSON"):
+        Tracker(TrackingConfig(backend="none"), tmp_path, World(), parameters={})
+
+
+def test_what_is_remembered_of_logged_steps_does_not_grow(tmp_path):
+    tracker = Tracker(TrackingConfig(backend="none"), tmp_path, World(), parameters={})
+    for step in (1, 2, 2, 3):
+        tracker.metrics(step, {"train/loss": 1.0, "train/grad_norm": 2.0})
+    assert list(tracker._logged) == [3]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 def test_the_end_waits_for_a_server_no_longer_than_it_may(tmp_path, monkeypatch, caplog):

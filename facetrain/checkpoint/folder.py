@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from facetrain.whole_file import flush
+
 SUMS_FILE = "SHA256SUMS"
 """Checksum and name of every other file of a checkpoint."""
 
@@ -103,15 +105,6 @@ def flush_and_sum(file: Path) -> str:
     """Flush a file to disk and return its SHA-256 in hexadecimal digits."""
     flush(file)
     return _sum(file)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sum(file: Path) -> str:

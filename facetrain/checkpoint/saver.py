@@ -63,8 +63,11 @@ class Saver:
         Raises:
             OSError: A rank can't write, and `must`, or `train.max_failed_saves` in a row have failed before.
         """
+        best = state.best_value, state.best_step
+        self.settle(state)
+        if best[1] == state.step:  # what couldn't be written is written now
+            state.best_value, state.best_step = best
         with self.world.waiting_up_to(self.config.run.checkpoint_timeout_s):
-            self._settle(state)
             try:
                 if self.config.train.async_checkpoint and not must:
                     self._begin(engine, state, table_rows, loss_state)
@@ -95,13 +98,14 @@ class Saver:
         done = self._thread.submit(finish) if self.world.is_main else None
         self._writing = _Writing(state.step, (state.best_value, state.best_step), done)
 
-    def _settle(self, state: TrainState) -> None:
-        """Over all ranks: wait for what the thread writes, and treat an error of it like one of this call."""
+    def settle(self, state: TrainState) -> None:
+        """Over all ranks: wait for what the thread writes, and treat an error of it like one of `save`."""
         writing, self._writing = self._writing, None
         if writing is None:  # on all ranks alike
             return
         try:
-            self.world.on_main(lambda: writing.done.result() if writing.done else None)
+            with self.world.waiting_up_to(self.config.run.checkpoint_timeout_s):
+                self.world.on_main(lambda: writing.done.result() if writing.done else None)
         except OSError as error:
             self._has_failed(writing.step, error, state, must=False)
         else:

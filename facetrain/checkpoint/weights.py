@@ -12,10 +12,11 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from facetrain.checkpoint.folder import flush, newest_checkpoint
+from facetrain.checkpoint.folder import newest_checkpoint
 from facetrain.command_line import config_yaml, load_config
 from facetrain.config import Config
 from facetrain.models import Backbone, build_backbone
+from facetrain.whole_file import flush, write_text
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,8 @@ def save_weights(weights: dict[str, Tensor], config: Config, folder: Path) -> No
 
 
 def save_config(config: Config, folder: Path) -> None:
-    """Write `config.yaml`, by a rename."""
-    (folder / ".config.tmp").write_text(config_yaml(config), encoding="utf-8")
-    os.replace(folder / ".config.tmp", folder / "config.yaml")
+    """Write `config.yaml`, at once or not at all."""
+    write_text(folder / "config.yaml", config_yaml(config))
 
 
 def load_backbone(run: Path) -> tuple[Backbone, Config]:

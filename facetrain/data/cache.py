@@ -18,15 +18,17 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from facetrain.data.daemon_threads import DaemonThreads
 from facetrain.data.manifest import MANIFEST_FILE, Manifest, ShardInfo, combined_sha256
 from facetrain.data.remote import RemoteFolder
+from facetrain.whole_file import part_of, put_in_place
 
 _FETCHING_THREADS = 4
 _POLL_S = 0.05
@@ -62,17 +64,23 @@ class ShardCache:
             data = arrived.read_bytes()
             manifest = Manifest.parse(data, self.remote.shown(MANIFEST_FILE))
             folder = self.folder / "sets" / hashlib.sha256(data).hexdigest()
-            if not (folder / MANIFEST_FILE).is_file():
+            tables = [folder / name for name in names]
+            is_here = (folder / MANIFEST_FILE).is_file() and all(table.is_file() for table in tables)
+            if not (is_here and _is_index_of(manifest, tables)):
                 folder.mkdir(exist_ok=True)
-                for name in names:
-                    self._fetch_file(name, folder / name)
-                found = combined_sha256([folder / name for name in names])
-                if manifest.index_sha256 not in (found, ""):  # '': packed by an earlier version
+                for table in tables:
+                    part = part_of(table)  # a running job may have mapped the one that is there
+                    try:
+                        self._fetch_file(table.name, part)
+                        put_in_place(part, table)
+                    finally:
+                        part.unlink(missing_ok=True)
+                if not _is_index_of(manifest, tables):
                     raise ValueError(
                         f"{self.remote.shown(MANIFEST_FILE)}: its class table and image index have another sha256;"
                         " was the folder packed anew in this moment?"
                     )
-                arrived.replace(folder / MANIFEST_FILE)  # last: it says that the others are complete
+                put_in_place(arrived, folder / MANIFEST_FILE)  # last: it says that the others are complete
         return folder
 
     def holds(self, size_bytes: int) -> bool:
@@ -97,15 +105,19 @@ class ShardCache:
         size_bytes = sum(shard.size_bytes for shard in missing)
         self._check_disk(size_bytes, kept={self.path_of(shard) for shard in shards})
         bar = tqdm(total=size_bytes, unit="B", unit_scale=True, desc="fetch", disable=None if progress else True)
-        with ThreadPoolExecutor(_FETCHING_THREADS) as threads, bar:
+        threads = DaemonThreads(_FETCHING_THREADS, "fetch")
+        with bar:
             futures = {threads.submit(lambda s: release(self.open(s)), shard): shard for shard in missing}
             try:
                 for future in as_completed(futures):
                     future.result()
                     bar.update(futures[future].size_bytes)
             except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
+                for future in futures:
+                    future.cancel()
+                threads.close(wait=False)
                 raise
+        threads.close(wait=True)
 
     def open(self, shard: ShardInfo) -> int:
         """Open a shard, fetched first where it isn't here.
@@ -273,6 +285,11 @@ class _Entry:
     """What it takes, or will take once it is complete."""
     found_bytes: int
     """What it takes now."""
+
+
+def _is_index_of(manifest: Manifest, tables: Sequence[Path]) -> bool:
+    """Return whether class table and image index are those that belong to a manifest."""
+    return manifest.index_sha256 in ("", combined_sha256(tables))  # '': packed by an earlier version
 
 
 def _evict(path: Path) -> bool:

@@ -1,11 +1,12 @@
 """Who reads the shards of a cache: slices of them on demand, and windows of them ahead of their use."""
 
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from facetrain.data.cache import ShardCache, release
+from facetrain.data.daemon_threads import DaemonThreads
 from facetrain.data.index import FileSlices
 from facetrain.data.manifest import ShardInfo
 
@@ -34,7 +35,7 @@ class HeldShards:
     def __init__(self, cache: ShardCache, shards: Sequence[ShardInfo]) -> None:
         """Hold nothing yet."""
         self._cache, self._shards = cache, shards
-        self._threads = ThreadPoolExecutor(_FETCHING_THREADS)
+        self._threads = DaemonThreads(_FETCHING_THREADS, "fetch")
         self._held: dict[int, Future[int]] = {}
 
     def hold(self, numbers: Collection[int]) -> None:
@@ -46,9 +47,9 @@ class HeldShards:
                 self._held[number] = self._threads.submit(self._cache.open, self._shards[number])
 
     def close(self) -> None:
-        """Let go of all."""
+        """Let go of all; what is being fetched goes on as long as the process does."""
         self.hold(())
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close(wait=False)
 
     @staticmethod
     def _release(opening: Future[int]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facetrain.data.names import NameList
+from facetrain.whole_file import part_of, put_in_place
 
 BLOCK_BYTES = 512
 """A tar is a row of such blocks; headers and data start at their multiples."""
@@ -254,12 +255,7 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     part = part_of(path)
     with open(part, "wb") as file:
         np.save(file, array, allow_pickle=False)
-    part.replace(path)
-
-
-def part_of(path: Path) -> Path:
-    """Return where a process writes a file until it is complete and takes its place."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    put_in_place(part, path)
 
 
 def load_array(path: Path) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from facetrain.data.index import part_of
+from facetrain.whole_file import write_text
 
 FORMAT = 1
 """Version of the folder's layout; readers refuse others."""
@@ -179,10 +179,3 @@ def combined_sha256(paths: Iterable[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, at once or not at all."""
-    part = part_of(path)
-    part.write_text(text)
-    part.replace(path)

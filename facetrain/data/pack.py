@@ -26,12 +26,13 @@ import facetrain
 from facetrain.data.align import check_detector, points_from_file
 from facetrain.data.identity_lists import apply_lists
 from facetrain.data.index import ClassTable, load_array, save_array
-from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256, write_text
+from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
 from facetrain.data.places import group_sizes
 from facetrain.data.shards import IMAGES_FILE, INDEX_FILES, load_writer, sha256_of, sidecar_of
 from facetrain.data.sources import FaceSource, open_faces
 from facetrain.lock import hold_folder
+from facetrain.whole_file import write_text
 
 REJECTED_FILE = "rejected.jsonl"
 """One line per image or identity of the source that isn't in the shards, with the reason."""

@@ -13,11 +13,12 @@ from typing import Any
 import cv2
 
 from facetrain.data.align import FindPoints, YunetDetector
-from facetrain.data.index import part_of, save_array
-from facetrain.data.manifest import PackSettings, ShardInfo, write_text
+from facetrain.data.index import save_array
+from facetrain.data.manifest import PackSettings, ShardInfo
 from facetrain.data.prepare import capture_complaints, prepare_image, take_complaint
 from facetrain.data.shards import image_key, index_shard, read_shard, sha256_of, sidecar_of, write_shard
 from facetrain.data.sources import FaceSource
+from facetrain.whole_file import part_of, write_text
 
 RECORDS = ".pack"
 """Folder, beside the shards, of what an interrupted packing needs to go on."""

@@ -18,6 +18,7 @@ from facetrain.evaluation.identification import ClosedSet, OpenSet
 from facetrain.evaluation.lfw import OPEN_SET_FAR, Evaluation
 from facetrain.evaluation.threshold import NETWORK_KEY
 from facetrain.evaluation.verification import Verification, View1
+from facetrain.whole_file import write_text
 
 FEW_IMPOSTORS = 10
 """A rate whose threshold lets fewer impostors through than this gets a note."""
@@ -67,9 +68,7 @@ def write_report(
 def write_results(results: Mapping[str, Any], out: Path, name: str = "results.json") -> None:
     """Write a JSON file into the folder `out`, made if missing; it is replaced whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / f".{name}.{os.getpid()}"
-    unfinished.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(out / name)
+    write_text(out / name, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def format_table(evaluation: Evaluation) -> str:

@@ -47,6 +47,10 @@ class Miner:
         if self.table is not None:
             self.table.observe(step, labels_n, as_scored(embeddings_VnD, self.config.loss))
 
+    def is_due(self, step: int) -> bool:
+        """Return whether a round takes place just before this step."""
+        return self.schedule.round_at(step) is not None
+
     def mine_before(self, step: int, backbone: nn.Module) -> tuple[int, MinedRound] | None:
         """Mine if a round is due just before this step; every rank must call it with the same network.
 

@@ -61,6 +61,11 @@ class Outbox:
         self.contents = contents
         self._lock = threading.Lock()
 
+    @staticmethod
+    def is_in(run_dir: Path) -> bool:
+        """Return whether a run has one."""
+        return (run_dir / _OUTBOX_FILE).is_file()
+
     @classmethod
     def open(cls, run_dir: Path) -> "Outbox":
         """Read a run's outbox.
@@ -69,7 +74,7 @@ class Outbox:
             ValueError: The run has none, or it can't be read; the message names the file.
         """
         file = run_dir / _OUTBOX_FILE
-        if not file.is_file():
+        if not cls.is_in(run_dir):
             raise ValueError(f"{file}: no such file; expected the folder of a run with tracking.backend=mlflow")
         try:
             return cls(run_dir, Contents(**json.loads(file.read_text(encoding="utf-8"))))
@@ -89,7 +94,7 @@ class Outbox:
         register_as: str = "",
     ) -> "Outbox":
         """Make the outbox of a run that begins, or take up that of one that goes on, which keeps its parameters."""
-        if (run_dir / _OUTBOX_FILE).is_file():
+        if cls.is_in(run_dir):
             outbox = cls.open(run_dir)
         else:
             masked = {key: mask_secrets(str(value)) for key, value in parameters.items()}

@@ -32,6 +32,8 @@ FAILED_WAIT_S = 2.0
 """The same after an error: the other ranks wait 3 s for rank 0 to say what went wrong."""
 MAX_NOTE = 5000
 """Characters of a description that MLflow takes."""
+_RESULTS = ("config.yaml", "results.json", "report.html", "figures", "model_card.md")
+"""What MLflow gets of the folder of a finished run, besides a model."""
 
 
 class Tracker:
@@ -50,7 +52,7 @@ class Tracker:
         self._metrics_file = run_dir / METRICS_FILE
         self._unwritten = ""
         # After an interruption some steps run again, with the same figures: what is logged stays logged once.
-        self._logged = _logged_keys(self._metrics_file) if world.is_main else set()
+        self._logged = _logged_keys(self._metrics_file) if world.is_main else {}
         self._sender: _Sender | None = None
         if world.is_main and config.backend == "mlflow":
             try:
@@ -69,11 +71,16 @@ class Tracker:
                 log.warning(f"MLflow can't be used ({error}); training goes on, and metrics.jsonl has all figures")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record figures of a step; what is recorded for this step already isn't repeated."""
-        fresh = {key: value for key, value in values.items() if (step, key) not in self._logged}
-        if not self.is_main or not fresh:
+        """Record figures of a step, the same as before or a later one; what is recorded of it isn't repeated."""
+        if not self.is_main:
             return
-        self._logged |= {(step, key) for key in fresh}
+        for earlier in [logged for logged in self._logged if logged < step]:
+            del self._logged[earlier]
+        logged = self._logged.setdefault(step, set())
+        fresh = {key: value for key, value in values.items() if key not in logged}
+        if not fresh:
+            return
+        logged.update(fresh)
         self._write(json.dumps({"step": step, "at": round(time.time(), 3), **fresh}) + "\n")
         if self._sender is not None:
             self._sender.wake()
@@ -83,15 +90,12 @@ class Tracker:
         if self._sender is not None:
             self._sender.add_tag("mlflow.note.content", text[:MAX_NOTE])
 
-    def artifacts(self, *paths: Path) -> None:
-        """Record files and folders of the run; those that don't exist are left out."""
-        if self._sender is not None:
-            self._sender.add_artifacts([path for path in paths if path.exists()])
-
-    def model(self, run_dir: Path) -> None:
-        """Record the network of a finished run in MLflow's pyfunc form, and register it where the config says so."""
+    def results(self) -> None:
+        """Record the files of a finished run, and its network in MLflow's pyfunc form, registered where asked for."""
         if self._sender is None:
             return
+        run_dir = self._sender.outbox.run_dir
+        self._sender.add_artifacts(_results_in(run_dir))
         try:
             # Here, not in the thread: a process that ends while that one imports pandas is aborted.
             self._sender.add_artifacts([write_model(run_dir)])
@@ -210,6 +214,10 @@ def sync(run_dir: Path, *, register_as: str | None = None) -> str:
         OSError: MLflow can't be reached, refuses or doesn't know the run; nothing is lost.
     """
     outbox = Outbox.open(run_dir)
+    if lacks_results(run_dir):
+        for path in (*_results_in(run_dir), write_model(run_dir)):
+            outbox.add_artifact(path)
+        outbox.update(status="FINISHED")
     if register_as is not None:
         if not (run_dir / "model.safetensors").is_file():
             raise ValueError(f"--register: {run_dir} is not finished, it has no model.safetensors")
@@ -228,13 +236,38 @@ def sync(run_dir: Path, *, register_as: str | None = None) -> str:
     return f"{mask_secrets(store.uri)}, run {outbox.contents.run_id}"
 
 
-def _logged_keys(metrics_file: Path) -> set[tuple[int, str]]:
-    """Return the (step, metric) pairs of the file; a last line that a crash cut off is removed from it."""
+def lacks_results(run_dir: Path) -> bool:
+    """Return whether a run with MLflow is finished, but its last job was ended before it could ask for that to be sent.
+
+    Raises:
+        ValueError: The outbox can't be read; the message names the file.
+    """
+    if not (run_dir / "results.json").is_file() or not Outbox.is_in(run_dir):
+        return False
+    return Outbox.open(run_dir).contents.status == "RUNNING"
+
+
+def _results_in(run_dir: Path) -> list[Path]:
+    return [run_dir / name for name in _RESULTS if (run_dir / name).exists()]
+
+
+def _logged_keys(metrics_file: Path) -> dict[int, set[str]]:
+    """Return the names of the figures of each step in the file; a last line that a crash cut off is removed from it.
+
+    Raises:
+        ValueError: A line is damaged; the message names it.
+    """
     if not metrics_file.is_file():
-        return set()
-    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        metrics_file.write_text("".join(lines), encoding="utf-8")
-    rows = [json.loads(line) for line in lines]
-    return {(row["step"], key) for row in rows for key in row if key not in ("step", "at")}
+        return {}
+    data = metrics_file.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        os.truncate(metrics_file, end)
+    logged = dict[int, set[str]]()
+    for number, line in enumerate(data[:end].splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            logged.setdefault(row.pop("step"), set()).update(row.keys() - {"at"})
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{metrics_file}:{number}: expected a line of figures and their step, as JSON") from None
+    return logged

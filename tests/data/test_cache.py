@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from drawn_faces import write_faces
 from shard_server import Fault, ShardServer, serve
 
@@ -259,6 +261,34 @@ def test_manifest_and_index_are_checked_before_any_shard(packed: Path, tmp_path:
         with pytest.raises(ValueError, match=rf"{server.url}/manifest\.json: the server answered 404"):
             open_shards(config_of(server.url, tmp_path / "cache"))
         assert not [name for name in server.names() if name.endswith(".tar")]
+
+
+@pytest.mark.parametrize("name", ["class_names.npy", "images.npy"])
+def test_a_damaged_table_in_the_cache_is_fetched_again(
+    packed: Path, server: ShardServer, tmp_path: Path, name: str
+) -> None:
+    before = images_of(open_shards(config_of(server.url, tmp_path / "cache")))
+    (table,) = (tmp_path / "cache" / "sets").rglob(name)
+    data = bytearray(table.read_bytes())
+    data[-1] ^= 1
+    table.write_bytes(data)
+    after = open_shards(config_of(server.url, tmp_path / "cache"))
+    assert images_of(after) == before
+    assert table.read_bytes() == (packed / name).read_bytes()
+    assert sorted(path.name for path in table.parent.iterdir()) == sorted([*INDEX_FILES, "manifest.json"])
+
+
+def test_a_process_that_fails_does_not_wait_for_what_it_fetches(packed: Path, tmp_path: Path) -> None:
+    code = (
+        "import time, sys\n"
+        "from facetrain.data.daemon_threads import DaemonThreads\n"
+        "threads = DaemonThreads(2, 'fetch')\n"
+        "threads.submit(time.sleep, 600)\n"
+        "threads.close(wait=False)\n"
+        "raise ValueError('it fails')\n"
+    )
+    done = run(sys.executable, "-c", code, cwd=tmp_path, timeout_s=60)
+    assert "it fails" in done.stderr
 
 
 def test_a_set_packed_anew_is_fetched_beside_the_old(packed: Path, tmp_path: Path) -> None:
