@@ -5,8 +5,10 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,3 +225,47 @@ def test_ranks_wait_longer_for_a_checkpoint_than_in_a_step() -> None:
     run_ranks(write_slowly, 2, 30.0)
     with pytest.raises(RankError, match=r"[Tt]imed out"):
         run_ranks(write_slowly, 2, 2.0)
+
+
+class EngineWithoutWeights:
+    """What a saver asks for."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, run_dir: Path, values: Sequence[float], lost: Collection[int]) -> list[int]:
+    """Judge and save steps 1, 2, ... by a thread that can't write some of them; returns the best step after each."""
+
+    def begin(*args: Any, **_: object) -> Callable[[], None]:
+        step = args[3].step
+
+        def finish() -> None:
+            if step in lost:
+                raise OSError("No space left on device")
+
+        return finish
+
+    monkeypatch.setattr("facetrain.checkpoint.saver.begin_checkpoint", begin)
+    config = Config(train=TrainConfig(async_checkpoint=True, max_failed_saves=9))
+    state, best = TrainState(step=0, draws=np.zeros(1, dtype=np.int64)), []
+    saver = Saver(run_dir, config, World(), state)
+    for step, value in enumerate(values, start=1):
+        state.step = step
+        saver.settle(state)
+        if value > state.best_value:
+            state.best_value, state.best_step = value, step
+        saver.save(EngineWithoutWeights(), state, table_rows={}, loss_state={}, must=False)  # type: ignore[arg-type]
+        best.append(state.best_step)
+    saver.close()
+    return best
+
+
+def test_a_best_checkpoint_that_was_lost_is_none_to_compare_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert judged(monkeypatch, tmp_path, [0.5, 0.9, 0.8, 0.6], lost=()) == [1, 2, 2, 2]
+    assert judged(monkeypatch, tmp_path, [0.5, 0.9, 0.8, 0.6], lost=(2,)) == [1, 2, 3, 3]

@@ -90,6 +90,21 @@ def test_a_job_that_is_warned_goes_on_to_the_same_weights(slurm, synthetic, stra
     assert_comes_through(slurm, job, log, run_dir, straight)
 
 
+def test_a_job_that_is_warned_before_it_trains_is_queued_again(slurm, synthetic, straight, tmp_path):
+    log, run_dir = tmp_path / "job.log", tmp_path / "run"
+    job = submit(slurm, settings_of(synthetic, run_dir), log)
+    give_up_at = time.monotonic() + 120
+    while not (tmp_path / f"facetrain-{job}").is_dir():  # then it takes seconds to check the config
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+    time.sleep(0.3)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    slurm.start_again(job)
+    assert not run_dir.exists()
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
+    assert same_weights(run_dir, straight)
+
+
 def test_a_job_that_makes_room_for_another_goes_on_after_it(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir), log)
