@@ -55,7 +55,7 @@ class Decision:
     protocol: str | None = None
     """Of that evaluation, or `gallery`: the gallery's own images, each looked for among the other people.
 
-    None takes an open-set protocol of the evaluation; of a run that has none, the gallery.
+    None takes an open-set protocol of the evaluation; where a run has none for that FAR, the gallery.
     """
 
     def resolve(self, gallery: Gallery, network: Path | None) -> tuple[float | None, str]:

@@ -74,7 +74,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["check", "--run.rendezvous_timeout_s", "0"], ["run.rendezvous_timeout_s", "1 or more"]),
         (["check", "--run.seed", str(1 << 64)], ["run.seed", "0 to 4294967295", str(1 << 64)]),
         (["check", "--run.seed", "-1"], ["run.seed", "0 to 4294967295", "-1"]),
-        (["estimate", "--identities", "0"], ["--identities", "2 or more", "0"]),
+        (["estimate", "--identities", "0"], ["--identities", "128 or more", "0"]),
         (["pack", "nowhere", "out"], ["nowhere"]),
         (["pack", "only-one-path"], ["out"]),
         (["pack", "--image", "3", "a", "b"], ["--image"]),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from facetrain.command_line import new_parser, parse_arguments, say
+from facetrain.commands.embedding_flags import add_onnx_flags, onnx_input
 
 
 def synth(argv: Sequence[str]) -> None:
@@ -97,11 +98,12 @@ def audit(argv: Sequence[str]) -> None:
     parser.add_argument("shards", type=str, help="folder made by facetrain pack")
     parser.add_argument("--checkpoint", type=str, required=True, help="run folder, .safetensors or .onnx that embeds")
     parser.add_argument(
-        "--against", nargs="+", type=str, help="images of the test: a folder of IDENTITY/IMAGE, tars .."
+        "--against", nargs="+", type=str, help="images of the test: a folder of IDENTITY/IMAGE, or tars of it"
     )
     parser.add_argument("--min-score", type=float, help="cosine that puts two identities into the lists")
     parser.add_argument("--no-mirror", action="store_true", help="don't add the embedding of the mirrored image")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one")
+    add_onnx_flags(parser)
     parser.add_argument("--out", type=str, required=True, help="folder for audit.html, exclude.txt and merge.txt")
     args = parse_arguments(parser, argv)
     if args.min_score is not None and not -1 <= args.min_score <= 1:
@@ -110,7 +112,7 @@ def audit(argv: Sequence[str]) -> None:
     from facetrain.networks import EmbedOptions
 
     against = [Path(path) for path in args.against or ()]
-    options = EmbedOptions(mirror=not args.no_mirror, device=args.device)
+    options = EmbedOptions(mirror=not args.no_mirror, device=args.device, onnx=onnx_input(args))
     audit_shards(Path(args.shards), Path(args.checkpoint), against, options, args.min_score, Path(args.out))
 
 

@@ -66,7 +66,9 @@ def compare(argv: Sequence[str]) -> None:
     parser = new_parser("facetrain compare", "Compare two embeddings of one set on the same lists.")
     parser.add_argument("a", type=str, help=".npz with names and embeddings, or what --checkpoint of lfw takes")
     parser.add_argument("b", type=str, help="the other one; a difference is B - A")
-    parser.add_argument("--images", nargs="+", type=str, help="folder of Name/Name_0001.jpg, or tars; shown in reports")
+    parser.add_argument(
+        "--images", nargs="+", type=str, help="what networks embed: folder of Name/Name_0001.jpg, or tars"
+    )
     add_embedding_flags(parser)
     _add_protocol_flags(parser)
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of people for the intervals")

@@ -78,7 +78,7 @@ def search(argv: Sequence[str]) -> None:
         "--protocol",
         type=str,
         help="whose threshold; gallery: its own images among other people, and the default where the run's results "
-        "have no open-set protocol",
+        "have no open-set threshold for that FAR",
     )
     parser.add_argument("--out", type=str, help="folder for search.json and a page with pictures, search.html")
     args = parse_arguments(parser, argv)

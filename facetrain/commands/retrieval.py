@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from facetrain.command_line import new_parser, parse_arguments
+from facetrain.commands.embedding_flags import add_onnx_flags, onnx_input
 
 
 def retrieval(argv: Sequence[str]) -> None:
@@ -18,6 +19,7 @@ def retrieval(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of negatives and of k-means")
     parser.add_argument("--no-mirror", action="store_true", help="don't add the embedding of the mirrored image")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one")
+    add_onnx_flags(parser)
     parser.add_argument("--out", type=str, required=True, help="folder for results.json")
     args = parse_arguments(parser, argv)
     if (args.checkpoint is None) == (args.embeddings is None) or (args.checkpoint is None) != (args.images is None):
@@ -38,5 +40,5 @@ def retrieval(argv: Sequence[str]) -> None:
         retrieval_of_embeddings(Path(args.embeddings), settings, device=args.device, out=Path(args.out))
         return
     checkpoints, images = ([Path(path) for path in paths] for paths in (args.checkpoint, args.images))
-    options = EmbedOptions(mirror=not args.no_mirror, device=args.device)
+    options = EmbedOptions(mirror=not args.no_mirror, device=args.device, onnx=onnx_input(args))
     retrieval_of_checkpoints(checkpoints, images, settings, options=options, out=Path(args.out))

@@ -59,17 +59,19 @@ def estimate(argv: Sequence[str]) -> None:
         for key in speeds:
             flag = "--" + key.name.replace("_", "-")
             parser.add_argument(flag, type=key.type, default=key.default, help=key.metadata["help"])
-        parser.add_argument("--identities", type=int, default=10_575, help="identities trained on, for mining")
+        parser.add_argument("--identities", type=int, default=10_575, help="trained on, for mining and class vectors")
         parser.add_argument("--json", type=str, help="file for everything that was estimated")
 
     config, args = parse_config_and_flags(
         argv, "facetrain estimate", "Estimate what a run takes on a cluster; no GPU is needed", add_flags
     )
-    at_least("--identities", args.identities, 2)
+    at_least("--identities", args.identities, 2 * config.train.global_pairs // config.train.images_per_identity)
     cluster = Cluster(**{key.name: args[key.name] for key in speeds})
     from facetrain.estimate.model import estimate, largest_fitting_micro_pairs
     from facetrain.estimate.report import estimate_record, format_estimate
+    from facetrain.mining.mode import check_mode
 
+    check_mode(config, num_identities=args.identities, world_size=cluster.world_size)
     found = estimate(config, cluster, identities=args.identities)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(estimate_record(config, found), indent=1) + "\n")

@@ -25,9 +25,9 @@ def format_estimate(config: Config, found: Estimate, *, fitting_micro_pairs: int
         f" ({found.seconds[found.bottleneck] / found.step_s:.0%} of a step)"
     )
     if not found.fits:
-        advice = (
-            f"train.micro_pairs={fitting_micro_pairs} would" if fitting_micro_pairs else "nor would one pair at a time"
-        )
+        with_what = " with train.overlap=false" if config.train.overlap else ""
+        smaller = f"train.micro_pairs={fitting_micro_pairs} would{with_what}"
+        advice = smaller if fitting_micro_pairs else "nor would one pair at a time"
         lines.append(f"does not fit into {found.cluster.gpu_memory_gb:g} GB; {advice}")
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ class OnnxInput:
     def __post_init__(self) -> None:
         """Check the bounds."""
         if not self.std > 0:
-            raise ValueError(f"onnx std: expected more than 0, got {self.std}")
+            raise ValueError(f"--onnx-std: expected more than 0, got {self.std}")
 
 
 class OnnxBackbone(nn.Module):

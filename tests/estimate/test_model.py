@@ -107,6 +107,8 @@ def test_the_command_prints_one_screen_and_writes_all_of_it(tmp_path: Path, caps
         (["--train.global_pairs", "30"], ["train.global_pairs", "30", "8"]),
         (["--loss.name", "lifted"], ["loss.name", "pytorch-metric-learning", "lifted"]),
         (["--train.micro_pairs", "3"], ["train.micro_pairs", "16", "3"]),
+        (["--identities", "100"], ["--identities", "128 or more", "100"]),
+        (["--mining.mode", "quota", "--mining.virtual_nodes", "4"], ["mining.virtual_nodes", "8 processes", "4"]),
     ],
 )
 def test_a_users_error_is_one_line(words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
