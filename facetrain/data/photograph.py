@@ -54,7 +54,13 @@ class Photograph:
     def _reduced(self, reduction: int) -> Image:
         if reduction > 1 and not (isinstance(self._source, bytes) and self._source.startswith(JPEG_START)):
             # OpenCV reduces other files by taking some of their pixels.
-            return cv2.resize(self.pixels(), None, None, 1 / reduction, 1 / reduction, cv2.INTER_AREA)  # type: ignore[return-value]
+            return scaled(self.pixels(), 1 / reduction, cv2.INTER_AREA)
         assert isinstance(self._source, bytes)  # pixels are there in full from the start
         image = read_image(self._source, _FLAGS[reduction], self.name)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, image)  # type: ignore[no-any-return]
+
+
+def scaled(image: Image, scale: float, method: int) -> Image:
+    """Multiply both sides by `scale`, at most 1, and leave each a pixel at least; `method` is OpenCV's."""
+    height, width = image.shape[:2]
+    return cv2.resize(image, None, None, max(scale, 1 / width), max(scale, 1 / height), method)  # type: ignore[return-value]

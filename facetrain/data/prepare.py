@@ -7,7 +7,7 @@ from typing import Any
 
 import cv2
 
-from facetrain.data.align import FindPoints, align_face, similarity
+from facetrain.data.align import FindPoints, align_face, similarity, why_not_aligned
 from facetrain.data.decode import read_image
 from facetrain.data.image_header import JPEG_START, is_whole, stated_size
 from facetrain.data.manifest import PackSettings
@@ -82,6 +82,8 @@ def _aligned(photograph: Photograph, find: FindPoints) -> Any:
         face = align_face(photograph, to_template) if to_template is not None else None
     except ValueError:
         raise ValueError(_NO_IMAGE) from None
+    except cv2.error as error:
+        raise ValueError(why_not_aligned(error)) from None
     if points is None:
         raise ValueError("not aligned: no five points, or no face, found for it")
     if face is None:

@@ -136,6 +136,20 @@ def test_an_image_that_states_too_many_pixels_is_not_decoded(suffix: str, monkey
         prepare_image(data, PackSettings(max_pixels=59_999))
 
 
+def test_a_thin_image_without_a_face_is_rejected(face_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces" / "Ann").mkdir(parents=True)
+    (tmp_path / "faces" / "Ann" / "long.jpg").write_bytes(encoded(np.full((16, 60_000, 3), 90, np.uint8)))
+    detector = face_data / "models" / "face_detection_yunet.onnx"
+    with pytest.raises(ValueError, match="every image of the source was rejected"):
+        pack([tmp_path / "faces"], tmp_path / "out", detector=detector, workers=1)
+    assert rejections(tmp_path / "out")["Ann/long.jpg"] == "not aligned: no five points, or no face, found for it"
+
+
+def test_an_image_that_opencv_cannot_align_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=r"^can't be aligned: OpenCV.*$"):
+        prepare_image(encoded(drawn_image(1)), PackSettings(), lambda _: TEMPLATE[:4], "Ann/1.jpg")
+
+
 def test_a_decompression_bomb_is_listed(tmp_path: Path) -> None:
     faces = write_faces(tmp_path / "faces", {"Ann": 1})
     bomb = bytearray(encoded(np.zeros((8, 8), np.uint8), ".png"))
