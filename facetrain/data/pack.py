@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import facetrain
 from facetrain.data.align import check_detector, points_from_file
-from facetrain.data.identity_lists import apply_lists
+from facetrain.data.identity_lists import apply_lists, warn_of_lookalikes
 from facetrain.data.index import ClassTable, load_array, save_array
 from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
@@ -108,6 +108,7 @@ def pack(
         # Parquet's images are spooled to where there has to be room for the shards anyway.
         spool_dir = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
         faces, left_out = apply_lists(open_faces(source, spool_dir=spool_dir), exclude=exclude, merge=merge)
+        warn_of_lookalikes(faces)
         fingerprint = faces.fingerprint()
         job = Job(faces, out, settings, points, detector)
         _check_folder(out)
