@@ -87,6 +87,22 @@ def test_hidden_and_other_files_are_passed_over(face_folder: FaceFolder) -> None
     assert source.skipped == ()
 
 
+def test_images_of_other_kinds_are_listed(face_folder: FaceFolder, tmp_path: Path) -> None:
+    folder = face_folder({"Ann": 2})
+    (folder / "Ann/000.jpg").rename(folder / "Ann/000.JFIF")
+    (folder / "Ann/001.jpg").rename(folder / "Ann/001.jpe")
+    (folder / "Bo").mkdir()
+    for name in ("Ann/2.tif", "Bo/1.HEIC", "Bo/notes.txt", "Bo/.hidden.gif", "Bo/1.json"):
+        (folder / name).write_bytes(b"x")
+    for path in (folder, tar_of(folder, tmp_path / "a.tar")):
+        source = open_faces([path])
+        assert source.names == ("Ann/000.JFIF", "Ann/001.jpe")
+        assert [(image.name, image.reason.split(", ")[0]) for image in source.skipped] == [
+            ("Ann/2.tif", "unread kind: .tif"),
+            ("Bo/1.HEIC", "unread kind: .heic"),
+        ]
+
+
 def test_images_in_the_wrong_place_are_listed(face_folder: FaceFolder, tmp_path: Path) -> None:
     folder = face_folder({"lfw/Ann": 2, "lfw/Bo": 2})
     for name in ("cover.jpg", "lfw/cover.jpg", "lfw/Ann/deeper/x.jpg"):
