@@ -42,7 +42,7 @@ class PackSettings:
     quality: int = 92
     """JPEG quality of the images that are encoded anew, 1 to 100."""
     copy: bool = False
-    """Nothing is encoded anew: what isn't a JPEG of image_px x image_px already is rejected."""
+    """Nothing is encoded anew: what isn't an upright JPEG of image_px x image_px already is rejected."""
     alignment: str = ""
     """How photographs were aligned: `landmarks` or `detector`, and the file's sha256; empty where they weren't."""
     min_px: int = 16

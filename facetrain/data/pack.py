@@ -61,8 +61,8 @@ def pack(
 ) -> Manifest:
     """Pack faces into shards; run again after an interruption, it goes on, and repairs what was damaged.
 
-    Images that already are JPEGs of image_px x image_px keep their bytes. Others are cut to their centre square,
-    resized and encoded anew. Images that can't be used are listed in rejected.jsonl.
+    Upright JPEGs of image_px x image_px keep their bytes. Others are turned as their EXIF data say, cut to their centre
+    square, resized and encoded anew. Images that can't be used are listed in rejected.jsonl.
 
     Args:
         source: Folders, tars and other files of faces; see `open_faces`.

@@ -9,7 +9,7 @@ import cv2
 
 from facetrain.data.align import FindPoints, align_face, similarity, why_not_aligned
 from facetrain.data.decode import read_image
-from facetrain.data.image_header import JPEG_START, is_whole, stated_size
+from facetrain.data.image_header import JPEG_START, exif_orientation, is_whole, stated_size
 from facetrain.data.manifest import PackSettings
 from facetrain.data.photograph import Photograph
 
@@ -26,7 +26,8 @@ def prepare_image(data: bytes, settings: PackSettings, find: FindPoints | None =
         name: What `find` knows the image by.
 
     Returns:
-        `data` itself where it is a JPEG of image_px x image_px already and isn't to be aligned.
+        `data` itself where it is a JPEG of image_px x image_px already, isn't to be aligned, and is upright whether or
+        not its EXIF data are heeded.
 
     Raises:
         ValueError: The image can't be used; the message is the reason alone.
@@ -36,9 +37,13 @@ def prepare_image(data: bytes, settings: PackSettings, find: FindPoints | None =
         return _encoded(_aligned(Photograph(data, name), find), settings)
     image = _decoded(data)
     height, width = image.shape[:2]
-    if height == width == settings.image_px and data.startswith(JPEG_START):
+    fits = height == width == settings.image_px and data.startswith(JPEG_START)
+    orientation = exif_orientation(data) if fits else 1
+    if fits and orientation == 1:
         return data
     if settings.copy:
+        if fits:
+            raise ValueError(f"turned: EXIF orientation {orientation}, but only an upright JPEG can be copied")
         expected = f"a JPEG of {settings.image_px}x{settings.image_px}"
         kind = "" if data.startswith(JPEG_START) else " and no JPEG"
         raise ValueError(f"doesn't fit: {width}x{height} pixels{kind}, but only {expected} can be copied")
