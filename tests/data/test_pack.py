@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -238,6 +239,19 @@ def test_a_face_that_exif_turns_is_encoded_anew_upright(orientation: int) -> Non
         prepare_image(turned, PackSettings(copy=True))
     upright = turned_by_exif(encoded(drawn_image(1)), 1)
     assert prepare_image(upright, PackSettings(copy=True)) == upright
+
+
+def test_a_shard_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, flushed = os.fsync, tmp_path / "flushed.txt"
+
+    def listed_fsync(descriptor: int) -> None:
+        with open(flushed, "a") as file:  # workers are other processes
+            print(os.readlink(f"/proc/self/fd/{descriptor}"), file=file)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", listed_fsync)
+    pack([write_faces(tmp_path / "faces", {"Ann": 2})], tmp_path / "out", workers=1)
+    assert re.search(r"/out/shard-000000\.tar\.\d+\.tmp$", flushed.read_text(), re.MULTILINE)
 
 
 def test_a_thumbnail_does_not_hide_that_a_jpeg_is_truncated() -> None:

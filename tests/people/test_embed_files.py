@@ -125,6 +125,16 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(
     assert "unreadable images: 2 of 3" in capsys.readouterr().out
 
 
+def test_a_part_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(OSError, match=r"part-000000\.npz\.\d+\.npz"):
+        embed_files._write_part(tmp_path / "part-000000.npz", np.zeros((1, 2), np.float32), {}, ())
+    assert not (tmp_path / "part-000000.npz").exists()
+
+
 def test_an_interrupted_job_goes_on_and_ends_as_if_it_had_not_been(
     pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
