@@ -5,6 +5,9 @@ from typing import Literal
 
 JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 
+MAX_PIXELS = 50_000_000
+"""Images that state more aren't decoded, where nothing else is asked for: a small file can ask for gigabytes."""
+
 _START_OF_SCAN = 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of the segment with a JPEG's size, one for each way of coding."""
@@ -32,6 +35,14 @@ def stated_size(data: bytes) -> tuple[int, int] | None:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP" and len(data) >= 30:
         return _webp_size(data)
     return None
+
+
+def too_large(data: bytes, max_pixels: int = MAX_PIXELS) -> str | None:
+    """Return why an image isn't decoded, where it states more than `max_pixels` pixels."""
+    width, height = stated_size(data) or (0, 0)
+    if width * height <= max_pixels:
+        return None
+    return f"too large: {width}x{height} pixels, more than {max_pixels:,} aren't decoded"
 
 
 def is_whole(data: bytes) -> bool:

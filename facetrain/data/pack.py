@@ -25,6 +25,7 @@ from tqdm import tqdm
 import facetrain
 from facetrain.data.align import check_detector, points_from_file
 from facetrain.data.identity_lists import apply_lists, warn_of_lookalikes
+from facetrain.data.image_header import MAX_PIXELS
 from facetrain.data.index import ClassTable, load_array, save_array
 from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
@@ -54,7 +55,7 @@ def pack(
     min_images: int = 1,
     max_images: int | None = None,
     min_px: int = 16,
-    max_pixels: int = 50_000_000,
+    max_pixels: int = MAX_PIXELS,
     images_per_shard: int = 10_000,
     seed: int = 0,
     workers: int | None = None,

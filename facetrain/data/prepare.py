@@ -9,7 +9,7 @@ import cv2
 
 from facetrain.data.align import FindPoints, align_face, similarity, why_not_aligned
 from facetrain.data.decode import read_image
-from facetrain.data.image_header import JPEG_START, exif_orientation, is_whole, stated_size
+from facetrain.data.image_header import JPEG_START, exif_orientation, is_whole, stated_size, too_large
 from facetrain.data.manifest import PackSettings
 from facetrain.data.photograph import Photograph
 
@@ -34,7 +34,7 @@ def prepare_image(data: bytes, settings: PackSettings, find: FindPoints | None =
     """
     _check(data, settings)
     if find is not None:
-        return _encoded(_aligned(Photograph(data, name), find), settings)
+        return _encoded(_aligned(Photograph(data, name, settings.max_pixels), find), settings)
     image = _decoded(data)
     height, width = image.shape[:2]
     fits = height == width == settings.image_px and data.startswith(JPEG_START)
@@ -61,11 +61,10 @@ def _check(data: bytes, settings: PackSettings) -> None:
         raise ValueError("empty file")
     if not is_whole(data):
         raise ValueError("truncated: the end of the image is missing")
-    # A small file can ask for gigabytes of memory; one that states no size would be decoded without a bound.
+    if reason := too_large(data, settings.max_pixels):
+        raise ValueError(reason)
     width, height = stated_size(data) or (0, 0)
-    if width * height > settings.max_pixels:
-        raise ValueError(f"too large: {width}x{height} pixels, more than {settings.max_pixels:,} aren't decoded")
-    if width * height == 0:
+    if width * height == 0:  # one that states no size would be decoded without a bound
         raise ValueError(_NO_IMAGE)
     if min(height, width) < settings.min_px:
         raise ValueError(f"too small: {width}x{height} pixels, the shorter side needs {settings.min_px}")

@@ -180,6 +180,13 @@ def test_an_image_that_states_too_many_pixels_is_not_decoded(suffix: str, monkey
         prepare_image(data, PackSettings(max_pixels=59_999))
 
 
+def test_a_larger_bound_of_pixels_holds_for_aligned_photographs_too() -> None:
+    large = encoded(np.zeros((7100, 7100), np.uint8), ".png")  # 50.4 million
+    with pytest.raises(ValueError, match=r"^too large: 7100x7100 pixels"):
+        prepare_image(large, PackSettings(), lambda _: TEMPLATE, "Ann/1.png")
+    assert prepare_image(large, PackSettings(max_pixels=60_000_000), lambda _: TEMPLATE, "Ann/1.png")
+
+
 def test_a_thin_image_without_a_face_is_rejected(face_data: Path, tmp_path: Path) -> None:
     (tmp_path / "faces" / "Ann").mkdir(parents=True)
     (tmp_path / "faces" / "Ann" / "long.jpg").write_bytes(encoded(np.full((16, 60_000, 3), 90, np.uint8)))
