@@ -158,7 +158,7 @@ def _write_part(
         why=np.array(list(unreadable.values()), dtype=np.str_),
         not_aligned=np.array(not_aligned, dtype=np.str_),
     )
-    aside.replace(file)
+    put_in_place(aside, file)
 
 
 def _join(parts: Path, images: ImageSet, out: Path, *, has_aligner: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facetrain.data.manifest import ALIGNED_PX
-from facetrain.data.photograph import REDUCTIONS, Image, Photograph
+from facetrain.data.photograph import REDUCTIONS, Image, Photograph, scaled
 
 Points = NDArray[np.float64]
 """float64 [5, 2], x and y in pixels."""
@@ -55,14 +55,17 @@ class FaceAligner:
         """Return the aligned face, uint8 [112, 112, 3], RGB.
 
         Raises:
-            ValueError: The photograph is no image.
+            ValueError: The photograph is no image, or OpenCV can't align it; the message names it.
         """
-        points = self._find(photograph)
-        to_template = similarity(points) if points is not None else None
-        if to_template is None:
-            self._not_found.add(photograph.name)
-            return centre_crop(photograph.pixels())
-        return align_face(photograph, to_template)
+        try:
+            points = self._find(photograph)
+            to_template = similarity(points) if points is not None else None
+            if to_template is None:
+                self._not_found.add(photograph.name)
+                return centre_crop(photograph.pixels())
+            return align_face(photograph, to_template)
+        except cv2.error as error:
+            raise ValueError(f"{photograph.name}: {why_not_aligned(error)}") from None
 
 
 def align_face(photograph: Photograph, to_template: NDArray[np.float64]) -> Image:
@@ -89,6 +92,11 @@ def centre_crop(photograph: Image) -> Image:
     middle = photograph[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
     method = cv2.INTER_AREA if side > ALIGNED_PX else cv2.INTER_LINEAR
     return cv2.resize(middle, (ALIGNED_PX, ALIGNED_PX), interpolation=method)  # type: ignore[return-value]
+
+
+def why_not_aligned(error: cv2.error) -> str:
+    """Return in one line why OpenCV couldn't align an image."""
+    return f"can't be aligned: {' '.join(str(error).split())}"
 
 
 def similarity(points: Points) -> NDArray[np.float64] | None:
@@ -179,9 +187,9 @@ def _shrunk(photograph: Image) -> Any:
     """
     picture: Any = photograph
     while max(picture.shape[:2]) >= 2 * MAX_DETECTION_PX:
-        picture = cv2.resize(picture, None, None, 0.5, 0.5, cv2.INTER_AREA)
+        picture = scaled(picture, 0.5, cv2.INTER_AREA)
     scale = MAX_DETECTION_PX / max(picture.shape[:2])
-    return picture if scale >= 1 else cv2.resize(picture, None, None, scale, scale, cv2.INTER_LINEAR)
+    return picture if scale >= 1 else scaled(picture, scale, cv2.INTER_LINEAR)
 
 
 def check_detector(file: Path) -> None:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from facetrain.config import DataConfig
 from facetrain.data.augment import Augmentation, adjust_colour
+from facetrain.data.image_header import too_large
 
 
 def decode_face(data: bytes, config: DataConfig, name: str) -> npt.NDArray[np.uint8]:
@@ -23,8 +24,9 @@ def decode_face(data: bytes, config: DataConfig, name: str) -> npt.NDArray[np.ui
         uint8 [image_px, image_px, C]; RGB order where C = 3.
 
     Raises:
-        ValueError: The bytes are no image.
+        ValueError: The bytes are no image, or one that states more than MAX_PIXELS pixels.
     """
+    _check_pixels(data, name)
     return _presented(_decode(data, config, name), config)
 
 
@@ -84,13 +86,20 @@ def thumbnail(data: bytes, side_px: int, name: str) -> bytes:
         name: How an error calls the image.
 
     Raises:
-        ValueError: The bytes are no image.
+        ValueError: As `decode_face`.
     """
+    _check_pixels(data, name)
     square = _resized(read_image(data, cv2.IMREAD_COLOR, name), side_px)
     return bytes(cv2.imencode(".jpg", square)[1].tobytes())
 
 
 _UNCHANGED = Augmentation()
+
+
+def _check_pixels(data: bytes, name: str) -> None:
+    """Refuse an image by the size that it states; those of shards need no look, packing had one."""
+    if reason := too_large(data):
+        raise ValueError(f"{name}: {reason}")
 
 
 def _decode(data: bytes, config: DataConfig, name: str) -> Any:

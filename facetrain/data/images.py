@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from facetrain.data.index import FileSlices, index_tar
 from facetrain.data.sources.faces import FaceSource, printable
-from facetrain.data.sources.folders import IMAGE_SUFFIXES, images_below, is_image
+from facetrain.data.sources.folders import IMAGE_SUFFIXES, images_below, is_image, unread_kind
 from facetrain.data.sources.opening import open_faces
 from facetrain.data.sources.recordio import records_of
 
@@ -85,18 +85,35 @@ def _open(path: Path) -> list[_Row]:
     if records_of(path) is not None or path.suffix.lower() in _LABELLED:
         return _rows_of_faces(open_faces([path]))
     if path.is_dir():
-        rows = [_file_row(name, path / name) for name, _ in sorted(images_below(path))]
+        rows = [_unread_row(name) or _file_row(name, path / name) for name, _ in sorted(images_below(path))]
     elif path.suffix.lower() == ".txt":
         rows = [_file_row(line, path.parent / line) for line in _lines(path)]
-    elif path.suffix.lower() in IMAGE_SUFFIXES:
-        rows = [_file_row(str(path), path)]
+    elif path.suffix.lower() in IMAGE_SUFFIXES or unread_kind(path.name):
+        rows = [_unread_row(str(path)) or _file_row(str(path), path)]
     else:
         tar = FileSlices([path])
-        members = sorted(member for member in index_tar(path) if member.is_file and is_image(member.name))
-        rows = [(m.name, m.size_bytes, partial(tar.read, 0, m.offset, m.size_bytes)) for m in members]
-    if not rows:
-        raise ValueError(f"{path}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+        files = sorted(member for member in index_tar(path) if member.is_file)
+        rows = [
+            _unread_row(m.name) or (m.name, m.size_bytes, partial(tar.read, 0, m.offset, m.size_bytes))
+            for m in files
+            if is_image(m.name) or unread_kind(m.name)
+        ]
+    if not any(size >= 0 or not unread_kind(name) for name, size, _ in rows):
+        found = f", found {printable(rows[0][0])!r}" if rows else ""
+        raise ValueError(f"{path}: no images in it ({', '.join(IMAGE_SUFFIXES)}){found}")
     return rows
+
+
+def _unread_row(name: str) -> _Row | None:
+    """Return the row of an image of a kind that isn't read, whose reading says so; None where it is read."""
+    kind = unread_kind(name)
+    if kind is None:
+        return None
+
+    def refuse() -> bytes:
+        raise ValueError(f"{printable(name)}: {kind}")
+
+    return name, -1, refuse
 
 
 def _file_row(name: str, file: Path) -> _Row:

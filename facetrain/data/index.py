@@ -26,6 +26,9 @@ _FIRST_IMAGE_FILE = "class_first_image.npy"
 TABLE_FILES = (_NAMES_FILE, _FIRST_IMAGE_FILE)
 """The files of a class table."""
 _MAX_OPEN_FILES = 512
+_MAX_EXTRA_BYTES = 1 << 20
+"""Longest name or PAX header of a member; it is read into memory whole."""
+_PAX_LENGTH_DIGITS = len(str(_MAX_EXTRA_BYTES))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +140,10 @@ def _walk(tar: mmap.mmap) -> Iterator[TarMember]:
         if data_at + size > file_bytes:
             name = overrides.get("path") or _name(header)
             raise ValueError(f"truncated tar: '{name}' ends at byte {data_at + size}, the file at {file_bytes}")
+        if kind in b"Lx" and size > _MAX_EXTRA_BYTES:
+            raise ValueError(
+                f"damaged tar header at byte {at}: {size:,} bytes of header, the most are {_MAX_EXTRA_BYTES:,}"
+            )
         if kind == b"L":  # GNU: the data is the next member's name
             overrides["path"] = _text(tar[data_at : data_at + size].rstrip(b"\0"))
         elif kind == b"x":  # PAX: the data are fields of the next member
@@ -183,13 +190,15 @@ def _text(name: bytes) -> str:
 def _pax_fields(data: bytes, at: int) -> dict[str, str]:
     """Read records of the form `LENGTH KEY=VALUE` and a line feed, LENGTH counting the whole record."""
     fields = {}
-    while data.strip(b"\0"):
-        digits, _, _ = data.partition(b" ")
-        if not digits.isdigit() or not len(digits) + 1 < int(digits) <= len(data):
+    begin, last = 0, len(data.rstrip(b"\0"))
+    while begin < last:
+        digits, _, _ = data[begin : begin + _PAX_LENGTH_DIGITS + 1].partition(b" ")
+        if not digits.isdigit() or not len(digits) + 1 < int(digits) <= len(data) - begin:
             raise ValueError(f"damaged PAX record at byte {at}")
-        key, _, value = data[len(digits) + 1 : int(digits) - 1].partition(b"=")
+        end = begin + int(digits)
+        key, _, value = data[begin + len(digits) + 1 : end - 1].partition(b"=")
         fields[_text(key)] = _text(value)
-        data = data[int(digits) :]
+        begin = end
     return fields
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from facetrain.data.image_header import MAX_PIXELS
 from facetrain.whole_file import write_text
 
 FORMAT = 1
@@ -42,12 +43,12 @@ class PackSettings:
     quality: int = 92
     """JPEG quality of the images that are encoded anew, 1 to 100."""
     copy: bool = False
-    """Nothing is encoded anew: what isn't a JPEG of image_px x image_px already is rejected."""
+    """Nothing is encoded anew: what isn't an upright JPEG of image_px x image_px already is rejected."""
     alignment: str = ""
     """How photographs were aligned: `landmarks` or `detector`, and the file's sha256; empty where they weren't."""
     min_px: int = 16
     """Images whose shorter side has fewer pixels are rejected."""
-    max_pixels: int = 50_000_000
+    max_pixels: int = MAX_PIXELS
     """Images that state more pixels are rejected without being decoded."""
     min_images: int = 1
     """Identities with fewer usable images are left out."""

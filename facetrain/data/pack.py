@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import facetrain
 from facetrain.data.align import check_detector, points_from_file
-from facetrain.data.identity_lists import apply_lists
+from facetrain.data.identity_lists import apply_lists, warn_of_lookalikes
+from facetrain.data.image_header import MAX_PIXELS
 from facetrain.data.index import ClassTable, load_array, save_array
 from facetrain.data.manifest import FORMAT, Manifest, PackSettings, combined_sha256
 from facetrain.data.pack_worker import RECORDS, Job, Record, Task, make_shard, relabel_shard, start_worker, tar_path
@@ -54,15 +55,15 @@ def pack(
     min_images: int = 1,
     max_images: int | None = None,
     min_px: int = 16,
-    max_pixels: int = 50_000_000,
+    max_pixels: int = MAX_PIXELS,
     images_per_shard: int = 10_000,
     seed: int = 0,
     workers: int | None = None,
 ) -> Manifest:
     """Pack faces into shards; run again after an interruption, it goes on, and repairs what was damaged.
 
-    Images that already are JPEGs of image_px x image_px keep their bytes. Others are cut to their centre square,
-    resized and encoded anew. Images that can't be used are listed in rejected.jsonl.
+    Upright JPEGs of image_px x image_px keep their bytes. Others are turned as their EXIF data say, cut to their centre
+    square, resized and encoded anew. Images that can't be used are listed in rejected.jsonl.
 
     Args:
         source: Folders, tars and other files of faces; see `open_faces`.
@@ -108,6 +109,7 @@ def pack(
         # Parquet's images are spooled to where there has to be room for the shards anyway.
         spool_dir = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
         faces, left_out = apply_lists(open_faces(source, spool_dir=spool_dir), exclude=exclude, merge=merge)
+        warn_of_lookalikes(faces)
         fingerprint = faces.fingerprint()
         job = Job(faces, out, settings, points, detector)
         _check_folder(out)

@@ -18,7 +18,7 @@ from facetrain.data.manifest import PackSettings, ShardInfo
 from facetrain.data.prepare import capture_complaints, prepare_image, take_complaint
 from facetrain.data.shards import image_key, index_shard, read_shard, sha256_of, sidecar_of, write_shard
 from facetrain.data.sources import FaceSource
-from facetrain.whole_file import part_of, write_text
+from facetrain.whole_file import part_of, put_in_place, write_text
 
 RECORDS = ".pack"
 """Folder, beside the shards, of what an interrupted packing needs to go on."""
@@ -142,7 +142,7 @@ def _write(tar: Path, record: Record, samples: Iterator[tuple[str, bytes]]) -> R
     if record.names:
         record = replace(record, size_bytes=part.stat().st_size, sha256=sha256_of(part))
         _, places = index_shard(part)
-        part.replace(tar)
+        put_in_place(part, tar)
         save_array(sidecar_of(tar), places)
     else:
         part.unlink()

@@ -7,9 +7,9 @@ from typing import Any
 
 import cv2
 
-from facetrain.data.align import FindPoints, align_face, similarity
+from facetrain.data.align import FindPoints, align_face, similarity, why_not_aligned
 from facetrain.data.decode import read_image
-from facetrain.data.image_header import JPEG_START, is_whole, stated_size
+from facetrain.data.image_header import JPEG_START, exif_orientation, is_whole, stated_size, too_large
 from facetrain.data.manifest import PackSettings
 from facetrain.data.photograph import Photograph
 
@@ -26,19 +26,24 @@ def prepare_image(data: bytes, settings: PackSettings, find: FindPoints | None =
         name: What `find` knows the image by.
 
     Returns:
-        `data` itself where it is a JPEG of image_px x image_px already and isn't to be aligned.
+        `data` itself where it is a JPEG of image_px x image_px already, isn't to be aligned, and is upright whether or
+        not its EXIF data are heeded.
 
     Raises:
         ValueError: The image can't be used; the message is the reason alone.
     """
     _check(data, settings)
     if find is not None:
-        return _encoded(_aligned(Photograph(data, name), find), settings)
+        return _encoded(_aligned(Photograph(data, name, settings.max_pixels), find), settings)
     image = _decoded(data)
     height, width = image.shape[:2]
-    if height == width == settings.image_px and data.startswith(JPEG_START):
+    fits = height == width == settings.image_px and data.startswith(JPEG_START)
+    orientation = exif_orientation(data) if fits else 1
+    if fits and orientation == 1:
         return data
     if settings.copy:
+        if fits:
+            raise ValueError(f"turned: EXIF orientation {orientation}, but only an upright JPEG can be copied")
         expected = f"a JPEG of {settings.image_px}x{settings.image_px}"
         kind = "" if data.startswith(JPEG_START) else " and no JPEG"
         raise ValueError(f"doesn't fit: {width}x{height} pixels{kind}, but only {expected} can be copied")
@@ -56,11 +61,10 @@ def _check(data: bytes, settings: PackSettings) -> None:
         raise ValueError("empty file")
     if not is_whole(data):
         raise ValueError("truncated: the end of the image is missing")
-    # A small file can ask for gigabytes of memory; one that states no size would be decoded without a bound.
+    if reason := too_large(data, settings.max_pixels):
+        raise ValueError(reason)
     width, height = stated_size(data) or (0, 0)
-    if width * height > settings.max_pixels:
-        raise ValueError(f"too large: {width}x{height} pixels, more than {settings.max_pixels:,} aren't decoded")
-    if width * height == 0:
+    if width * height == 0:  # one that states no size would be decoded without a bound
         raise ValueError(_NO_IMAGE)
     if min(height, width) < settings.min_px:
         raise ValueError(f"too small: {width}x{height} pixels, the shorter side needs {settings.min_px}")
@@ -82,6 +86,8 @@ def _aligned(photograph: Photograph, find: FindPoints) -> Any:
         face = align_face(photograph, to_template) if to_template is not None else None
     except ValueError:
         raise ValueError(_NO_IMAGE) from None
+    except cv2.error as error:
+        raise ValueError(why_not_aligned(error)) from None
     if points is None:
         raise ValueError("not aligned: no five points, or no face, found for it")
     if face is None:

@@ -25,7 +25,7 @@ from facetrain.config import DataConfig
 from facetrain.data.cache import ShardCache
 from facetrain.data.cached import CachedSlices
 from facetrain.data.index import BLOCK_BYTES, TABLE_FILES, ClassTable, FileSlices, index_tar
-from facetrain.data.manifest import Manifest
+from facetrain.data.manifest import Manifest, combined_sha256
 from facetrain.data.places import ImagePlaces
 from facetrain.data.remote import RemoteFolder
 
@@ -120,7 +120,7 @@ class ShardSet:
         """Read every byte and compare checksums, keys and indexes; minutes for a large set.
 
         Raises:
-            ValueError: A shard differs from what was packed; the message names it.
+            ValueError: A shard, class table or index differs from what was packed; the message names it.
         """
         for shard, (info, path) in enumerate(zip(self.manifest.shards, self._tars.paths, strict=True)):
             if self.cache is not None:
@@ -135,6 +135,13 @@ class ShardSet:
             offsets, sizes = (places * np.array([BLOCK_BYTES, 1])).T.tolist()
             if found != list(zip(labels, offsets, sizes, strict=True)):
                 raise ValueError(f"{self.folder / IMAGES_FILE}: doesn't match {path}; run `facetrain pack` again")
+        expected = self.manifest.index_sha256
+        # '' where an earlier version packed. A name in another's place shows nowhere else.
+        if expected and combined_sha256(self.folder / name for name in INDEX_FILES) != expected:
+            raise ValueError(
+                f"{self.folder}: its class table or image index hasn't the sha256 of the manifest; `facetrain pack`,"
+                " run again, repairs it"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapped array would be pickled as a copy of its content.

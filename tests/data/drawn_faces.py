@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -21,6 +22,19 @@ def drawn_image(seed: int, height: int = 112, width: int = 112) -> npt.NDArray[n
 
 def encoded(image: npt.NDArray[np.uint8], suffix: str = ".jpg") -> bytes:
     return bytes(cv2.imencode(suffix, image)[1].tobytes())
+
+
+def turned_by_exif(jpeg: bytes, orientation: int, order: Literal["little", "big"] = "little") -> bytes:
+    """A JPEG whose EXIF data say to turn it."""
+
+    def number(value: int, size_bytes: int) -> bytes:
+        return value.to_bytes(size_bytes, order)
+
+    make = number(0x010F, 2) + number(2, 2) + number(1, 4) + bytes(4)
+    field = number(0x0112, 2) + number(3, 2) + number(1, 4) + number(orientation, 2) + bytes(2)
+    tiff = (b"II" if order == "little" else b"MM") + number(42, 2) + number(8, 4) + number(2, 2) + make + field
+    exif = b"Exif\0\0" + tiff + bytes(4)
+    return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
 
 
 def augmented(data: bytes, config: DataConfig, seed: int, name: str = "a") -> npt.NDArray[np.uint8]:

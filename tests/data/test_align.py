@@ -83,6 +83,21 @@ def test_a_photograph_is_reduced_as_far_as_it_stays_large_enough() -> None:
     assert Photograph(b"no image", "A").reduction_to(640) == 1
 
 
+def test_a_thin_photograph_keeps_a_pixel_of_its_short_side(face_data: Path) -> None:
+    detect = YunetDetector(face_data / "models" / "face_detection_yunet.onnx")
+    for kind, height, width in ((".jpg", 16, 60_000), (".png", 20, 30_000), (".png", 700, 1), (".png", 2000, 3)):
+        photograph = Photograph(encoded(np.full((height, width, 3), 90, np.uint8), kind), "A")
+        assert detect(photograph) is None
+        assert min(photograph.pixels(8).shape[:2]) >= 1
+        assert (FaceAligner(detect).align(photograph) == 90).all()
+
+
+def test_a_photograph_that_opencv_cannot_align_is_named() -> None:
+    photograph = Photograph(np.zeros((112, 112, 3), np.uint8), "A/A_0001.jpg")
+    with pytest.raises(ValueError, match=r"^A/A_0001\.jpg: can't be aligned: OpenCV.*$"):
+        FaceAligner(lambda _: TEMPLATE[:4]).align(photograph)
+
+
 def test_the_centre_crop_is_the_middle_of_the_photograph() -> None:
     photograph = np.zeros((250, 300, 3), np.uint8)
     photograph[59:191, 84:216] = 200  # 132 px, 0.53 of 250

@@ -10,7 +10,8 @@ from drawn_faces import augmented
 
 from facetrain.config import DataConfig
 from facetrain.data.augment import adjust_colour, draw_augmentations
-from facetrain.data.decode import decode_face
+from facetrain.data.decode import decode_face, thumbnail
+from facetrain.data.photograph import Photograph
 
 PLAIN = DataConfig(mirror=False)
 
@@ -179,6 +180,21 @@ def test_bytes_that_are_no_image_are_named(data):
         decode_face(data, PLAIN, "0000012_0003.jpg")
     with pytest.raises(ValueError, match=message):
         augmented(data, PLAIN, 0, "0000012_0003.jpg")
+
+
+def test_an_image_that_states_too_many_pixels_is_named_undecoded(monkeypatch):
+    bomb = bytearray(png(picture()))
+    bomb[16:24] = (8000).to_bytes(4, "big") * 2
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
+    readings = (
+        lambda data: decode_face(data, PLAIN, "Ann/1.png"),
+        lambda data: thumbnail(data, 56, "Ann/1.png"),
+        lambda data: Photograph(data, "Ann/1.png").pixels(),
+        lambda data: Photograph(data, "Ann/1.png").pixels(8),
+    )
+    for read in readings:
+        with pytest.raises(ValueError, match=r"^Ann/1\.png: too large: 8000x8000 pixels, more than 50,000,000 aren't"):
+            read(bytes(bomb))
 
 
 def test_real_faces_keep_their_mean_through_augmentation():

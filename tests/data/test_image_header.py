@@ -1,11 +1,13 @@
 """Sizes that images state, beside those that a decoder finds."""
 
+from typing import Literal
+
 import cv2
 import numpy as np
 import pytest
-from drawn_faces import drawn_image, encoded
+from drawn_faces import drawn_image, encoded, turned_by_exif
 
-from facetrain.data.image_header import stated_size
+from facetrain.data.image_header import exif_orientation, stated_size
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (17, 300), (641, 2)])
@@ -41,3 +43,21 @@ def test_what_is_cut_short_or_something_else_states_none() -> None:
             assert stated_size(data[:size]) is None
     for data in (b"", b"text", b"GIF89a" + bytes(100), b"\xff\xd8" + b"\xff" * 100, b"\xff\xd8\xff\xe0\x00\x00" * 50):
         assert stated_size(data) is None
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_the_orientation_of_exif_is_read(order: Literal["little", "big"]) -> None:
+    face = encoded(drawn_image(1))
+    for orientation in range(1, 9):
+        data = turned_by_exif(face, orientation, order)
+        assert exif_orientation(data) == orientation
+    for data in (
+        face,
+        turned_by_exif(face, 0, order),
+        turned_by_exif(face, 9, order),
+        b"",
+        b"\xff\xd8\xff\xe1\0\x08Exif",
+    ):
+        assert exif_orientation(data) == 1
+    for end in range(30):
+        assert exif_orientation(turned_by_exif(face, 6, order)[:end]) == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from drawn_faces import drawn_image, encoded, tar_of, write_faces
+from drawn_faces import drawn_image, encoded, tar_of, turned_by_exif, write_faces
 
+from facetrain.data.image_header import exif_orientation
 from facetrain.data.index import index_tar
 from facetrain.data.manifest import PackSettings
 from facetrain.data.pack import pack
@@ -222,6 +224,34 @@ def test_images_of_the_right_size_keep_their_bytes_and_others_are_encoded_anew(t
         assert np.abs(image.astype(int) - expected.astype(int)).mean() < 4
     assert prepare_image(encoded(drawn_image(3, 60, 60)), settings) != right
     assert prepare_image(encoded(drawn_image(1), ".png"), settings).startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_face_that_exif_turns_is_encoded_anew_upright(orientation: int) -> None:
+    turned = turned_by_exif(encoded(drawn_image(1)), orientation)
+    seen = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)
+    assert np.abs(seen.astype(int) - drawn_image(1)).mean() > 10
+    packed = prepare_image(turned, PackSettings(quality=98))
+    assert exif_orientation(packed) == 1
+    assert b"Exif" not in packed
+    assert np.abs(cv2.imdecode(np.frombuffer(packed, np.uint8), cv2.IMREAD_COLOR).astype(int) - seen).mean() < 2
+    with pytest.raises(ValueError, match=f"^turned: EXIF orientation {orientation}, but only an upright JPEG"):
+        prepare_image(turned, PackSettings(copy=True))
+    upright = turned_by_exif(encoded(drawn_image(1)), 1)
+    assert prepare_image(upright, PackSettings(copy=True)) == upright
+
+
+def test_a_shard_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, flushed = os.fsync, tmp_path / "flushed.txt"
+
+    def listed_fsync(descriptor: int) -> None:
+        with open(flushed, "a") as file:  # workers are other processes
+            print(os.readlink(f"/proc/self/fd/{descriptor}"), file=file)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", listed_fsync)
+    pack([write_faces(tmp_path / "faces", {"Ann": 2})], tmp_path / "out", workers=1)
+    assert re.search(r"/out/shard-000000\.tar\.\d+\.tmp$", flushed.read_text(), re.MULTILINE)
 
 
 def test_a_thumbnail_does_not_hide_that_a_jpeg_is_truncated() -> None:

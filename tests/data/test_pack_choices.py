@@ -92,6 +92,50 @@ def test_a_wrong_line_of_groups_is_named(faces: Path, tmp_path: Path, text: str,
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_lists_may_hold_blanks_at_the_ends_and_odd_line_ends(tmp_path: Path) -> None:
+    odd = ("Ann ", "Li\u2028A", "B\x85b")
+    faces = write_faces(tmp_path / "faces", {"Ann": 1, "Cy": 1, **dict.fromkeys(odd, 1)})
+    names = tmp_path / "names.txt"
+    names.write_bytes("".join(f"{name}\r\n" for name in (*odd, "  Cy")).encode())
+    pack([faces], tmp_path / "less", exclude=names, workers=1)
+    assert packed_images(tmp_path / "less").keys() == {"Ann"}
+    groups = write(tmp_path / "same.txt", "Ann \tLi\u2028A\nB\x85b, Cy\n")
+    pack([faces], tmp_path / "merged", merge=groups, workers=1)
+    assert packed_images(tmp_path / "merged").keys() == {"Ann", "Ann ", "B\x85b"}
+
+
+def test_a_list_that_excludes_nobody_is_named(faces: Path, tmp_path: Path) -> None:
+    names = write(tmp_path / "lfw.txt", "17\n18\n")
+    with pytest.raises(ValueError, match=r"lfw\.txt: the source has none of these 2 identities, such as '17'; .*'Ann'"):
+        pack([faces], tmp_path / "out", exclude=names, workers=1)
+    assert not (tmp_path / "out").exists()
+    assert pack([faces], tmp_path / "out", exclude=write(names, "\n"), workers=1).identities == len(COUNTS)
+
+
+def test_names_that_differ_in_unicode_form_alone_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = "Jos\xe9", "Jose\u0301"
+    faces = write_faces(tmp_path / "faces", {"Ann": 1, one: 1, other: 1})
+    assert pack([faces], tmp_path / "out", workers=1).identities == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 names stand in two Unicode forms, each taken for a person of its own, such as 'Jose\\u0301' and 'Jos\\xe9';"
+        " --merge makes them one"
+    ]
+    caplog.clear()
+    pack([faces], tmp_path / "merged", merge=write(tmp_path / "same.txt", f"{one}\t{other}\n"), workers=1)
+    assert packed_images(tmp_path / "merged").keys() == {"Ann", one}
+    assert caplog.records == []
+
+
+def test_a_listed_name_is_found_in_another_unicode_form(tmp_path: Path) -> None:
+    faces = write_faces(tmp_path / "faces", {"Ann": 1, "Jos\xe9": 1})
+    names = write(tmp_path / "names.txt", "Jose\u0301\n")
+    pack([faces], tmp_path / "out", exclude=names, workers=1)
+    assert packed_images(tmp_path / "out").keys() == {"Ann"}
+    assert rejections(tmp_path / "out") == {"Jos\xe9": f"excluded: {names} lists Jos\xe9"}
+
+
 def test_identities_are_bounded_by_their_usable_images(tmp_path: Path) -> None:
     faces = write_faces(tmp_path / "faces", COUNTS)
     (faces / "Di" / "000.jpg").write_bytes(b"")
@@ -134,6 +178,27 @@ def test_an_image_that_states_too_many_pixels_is_not_decoded(suffix: str, monkey
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match=r"^too large: 200x300 pixels, more than 59,999 aren't decoded$"):
         prepare_image(data, PackSettings(max_pixels=59_999))
+
+
+def test_a_larger_bound_of_pixels_holds_for_aligned_photographs_too() -> None:
+    large = encoded(np.zeros((7100, 7100), np.uint8), ".png")  # 50.4 million
+    with pytest.raises(ValueError, match=r"^too large: 7100x7100 pixels"):
+        prepare_image(large, PackSettings(), lambda _: TEMPLATE, "Ann/1.png")
+    assert prepare_image(large, PackSettings(max_pixels=60_000_000), lambda _: TEMPLATE, "Ann/1.png")
+
+
+def test_a_thin_image_without_a_face_is_rejected(face_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces" / "Ann").mkdir(parents=True)
+    (tmp_path / "faces" / "Ann" / "long.jpg").write_bytes(encoded(np.full((16, 60_000, 3), 90, np.uint8)))
+    detector = face_data / "models" / "face_detection_yunet.onnx"
+    with pytest.raises(ValueError, match="every image of the source was rejected"):
+        pack([tmp_path / "faces"], tmp_path / "out", detector=detector, workers=1)
+    assert rejections(tmp_path / "out")["Ann/long.jpg"] == "not aligned: no five points, or no face, found for it"
+
+
+def test_an_image_that_opencv_cannot_align_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=r"^can't be aligned: OpenCV.*$"):
+        prepare_image(encoded(drawn_image(1)), PackSettings(), lambda _: TEMPLATE[:4], "Ann/1.jpg")
 
 
 def test_a_decompression_bomb_is_listed(tmp_path: Path) -> None:

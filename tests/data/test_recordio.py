@@ -172,6 +172,18 @@ def test_what_insightface_says_of_the_set_is_compared(tmp_path: Path, caplog: py
         open_faces([path])
 
 
+def test_a_set_beside_strangers_of_the_same_numbers_is_refused(tmp_path: Path) -> None:
+    records = write_set(tmp_path / "a", {1: packed(b"x", key=1), 2: packed(b"y", key=2, label=1)})
+    for name in ("Ann", "1"):
+        (tmp_path / "faces" / name).mkdir(parents=True)
+        (tmp_path / "faces" / name / "1.jpg").write_bytes(b"x")
+    for paths in ([records, tmp_path / "faces"], [tmp_path / "faces", records]):
+        with pytest.raises(ValueError, match=r"train\.rec and .*faces: both have an identity 1, "):
+            open_faces(paths)
+    (tmp_path / "faces" / "1").rename(tmp_path / "faces" / "Bo")
+    assert set(open_faces(paths).identities) == {"0", "1", "Ann", "Bo"}
+
+
 def test_two_sets_whose_labels_both_count_from_0_are_refused(tmp_path: Path) -> None:
     sets = [write_set(tmp_path / name, {1: packed(b"face", key=1)}) for name in ("a", "b")]
     with pytest.raises(ValueError, match=r"a/train\.rec and .*b: labels of both count from 0"):

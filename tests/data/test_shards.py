@@ -257,6 +257,18 @@ def test_verify_finds_one_changed_byte(copied: Path) -> None:
         ShardSet.open(copied).verify()
 
 
+def test_verify_finds_two_names_in_one_another_s_place(copied: Path) -> None:
+    table = ClassTable.load(copied)
+    one, other, *names = table.names
+    ClassTable(names=(other, one, *names), first_image=table.first_image).save(copied)
+    with pytest.raises(
+        ValueError, match=f"^{copied}: its class table or image index hasn't the sha256 of the manifest"
+    ):
+        ShardSet.open(copied).verify()
+    replace(Manifest.load(copied), index_sha256="").save(copied)  # as an earlier version packed
+    ShardSet.open(copied).verify()
+
+
 def test_manifest_of_another_kind_is_refused(copied: Path) -> None:
     path = copied / "manifest.json"
     content = json.loads(path.read_text())

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_hidden_and_other_files_are_passed_over(face_folder: FaceFolder) -> None
     assert source.skipped == ()
 
 
+def test_images_of_other_kinds_are_listed(face_folder: FaceFolder, tmp_path: Path) -> None:
+    folder = face_folder({"Ann": 2})
+    (folder / "Ann/000.jpg").rename(folder / "Ann/000.JFIF")
+    (folder / "Ann/001.jpg").rename(folder / "Ann/001.jpe")
+    (folder / "Bo").mkdir()
+    for name in ("Ann/2.tif", "Bo/1.HEIC", "Bo/notes.txt", "Bo/.hidden.gif", "Bo/1.json"):
+        (folder / name).write_bytes(b"x")
+    for path in (folder, tar_of(folder, tmp_path / "a.tar")):
+        source = open_faces([path])
+        assert source.names == ("Ann/000.JFIF", "Ann/001.jpe")
+        assert [(image.name, image.reason.split(", ")[0]) for image in source.skipped] == [
+            ("Ann/2.tif", "unread kind: .tif"),
+            ("Bo/1.HEIC", "unread kind: .heic"),
+        ]
+
+
 def test_images_in_the_wrong_place_are_listed(face_folder: FaceFolder, tmp_path: Path) -> None:
     folder = face_folder({"lfw/Ann": 2, "lfw/Bo": 2})
     for name in ("cover.jpg", "lfw/cover.jpg", "lfw/Ann/deeper/x.jpg"):
@@ -156,6 +173,28 @@ def test_a_truncated_tar_is_named(face_folder: FaceFolder, tmp_path: Path) -> No
         (tmp_path / "cut.tar").write_bytes(path.read_bytes()[:end])
         with pytest.raises(ValueError, match=r"cut\.tar: truncated tar"):
             open_faces([tmp_path / "cut.tar"])
+
+
+def test_a_long_pax_header_takes_no_time_and_an_endless_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    record = b"6 a=b\n"
+    with tarfile.open(path, "w") as tar:
+        add_member(tar, "header", record * 150_000, kind=tarfile.REGTYPE)
+        add_member(tar, "Ann/1.jpg")
+    data = bytearray(path.read_bytes())
+    data[156:157] = b"x"
+    path.write_bytes(data)
+    begin_s = time.process_time()
+    assert [member.name for member in index_tar(path)] == ["Ann/1.jpg"]
+    assert time.process_time() - begin_s < 2  # a walk that copies the rest at each record takes many times that
+    with tarfile.open(path, "w") as tar:
+        add_member(tar, "header", record * 175_000)
+    data = bytearray(path.read_bytes())
+    for kind in (b"x", b"L"):
+        data[156:157] = kind
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.tar: damaged tar header at byte 0: 1,050,000 bytes of header"):
+            list(index_tar(path))
 
 
 def test_what_is_no_tar_is_named(tmp_path: Path) -> None:

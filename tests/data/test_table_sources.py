@@ -111,6 +111,26 @@ def test_parquet_in_several_files_is_one_set_and_rows_without_image_or_label_are
     ]
 
 
+def test_labels_of_parquet_are_integers_text_or_whole_floats(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for labels in ([7, 8, 7], ["7", "8", "7"], [7.0, 8.0, 7.0]):
+        for column in (pyarrow.array(labels), pyarrow.array(labels).dictionary_encode()):
+            source = open_faces([write_parquet(path, jpg=IMAGES[:3], label=column)])
+            assert source.identities == ("7", "7", "8")
+    source = open_faces([write_parquet(path, jpg=IMAGES[:4], label=pyarrow.array([7.0, None, float("nan"), 1.5]))])
+    assert source.identities == ("7",)
+    assert [image.reason for image in source.skipped] == [
+        "bad label: the row has none",
+        "bad label: expected a whole number or text, got nan",
+        "bad label: expected a whole number or text, got 1.5",
+    ]
+    for column, kind in ((pyarrow.array([b"a", b"b"]).dictionary_encode(), "dictionary<.*"), ([True, False], "bool")):
+        with pytest.raises(
+            ValueError, match=rf"a\.parquet: expected a column 'label' of integers or text, found {kind}"
+        ):
+            open_faces([write_parquet(path, jpg=IMAGES[:2], label=column)])
+
+
 def test_a_wrong_parquet_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"not a table")

@@ -129,3 +129,10 @@ def test_keys_that_slashes_alone_tell_apart_are_two_images(images: list[bytes], 
     source = open_faces([write_tar(tmp_path / "s.tar", members)])
     assert source.names == ("5/a%2Fb.jpg", "5/a_b.jpg")
     assert [source.read(0), source.read(1)] == images[:2]
+
+
+def test_samples_of_a_kind_that_is_not_read_are_listed(images: list[bytes], tmp_path: Path) -> None:
+    members = {"1.jpg": images[1], "1.mask.gif": b"x", "1.cls": b"5", "2.tif": b"x", "2.cls": b"5"}
+    source = open_faces([write_tar(tmp_path / "a.tar", members)])
+    assert source.names == ("5/1.jpg",)
+    assert [(image.name, image.reason.split(", ")[0]) for image in source.skipped] == [("2.tif", "unread kind: .tif")]

@@ -65,6 +65,19 @@ def test_tars_lists_files_and_stdin_hold_the_same_images(
     assert open_images([], ["pictures/3.jpg"]).read(0) == content
 
 
+def test_an_image_of_a_kind_that_is_not_read_is_an_unreadable_one(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "5.tif").write_bytes(b"x")
+    with tarfile.open(tmp_path / "p.tar", "w") as tar:
+        tar.add(pictures, ".")
+    for path in (pictures, tmp_path / "p.tar"):
+        images = open_images([path])
+        assert len(images.names) == 6
+        with pytest.raises(ValueError, match=r"5\.tif: unread kind: \.tif, expected \.jpg, "):
+            images.read(3)
+    with pytest.raises(ValueError, match=r"5\.tif: no images in it .*, found '.*5\.tif'"):
+        open_images([pictures / "5.tif"])
+
+
 def test_a_file_that_cannot_be_opened_is_an_unreadable_image(pictures: Path, run: Path, tmp_path: Path) -> None:
     faces = open_faces([pictures / "deep"])
     (pictures / "deep" / "er" / "1.jpg").unlink()
@@ -110,6 +123,16 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(
     assert "expected an image" in first
     assert second == f"{pictures}/gone.jpg\t{pictures}/gone.jpg: No such file or directory"
     assert "unreadable images: 2 of 3" in capsys.readouterr().out
+
+
+def test_a_part_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(OSError, match=r"part-000000\.npz\.\d+\.npz"):
+        embed_files._write_part(tmp_path / "part-000000.npz", np.zeros((1, 2), np.float32), {}, ())
+    assert not (tmp_path / "part-000000.npz").exists()
 
 
 def test_an_interrupted_job_goes_on_and_ends_as_if_it_had_not_been(

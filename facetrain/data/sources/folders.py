@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 from facetrain.data.sources.faces import Face, Found, Reader, SkippedImage, printable
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Files with other suffixes are no images and are passed over."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp")
+"""Images that are read, by their suffixes."""
+_UNREAD_SUFFIXES = frozenset(
+    (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".dng", ".cr2", ".nef")
+)
+"""Images that aren't, which is said of each. Files with other suffixes are no images and are passed over."""
 
 
 class Entry(NamedTuple):
@@ -51,7 +55,8 @@ class ImageFiles:
 def open_folder(folder: Path) -> Found:
     """Find the images of a folder of `IDENTITY/IMAGE`; see `by_folder`.
 
-    Links are followed. Hidden files, `__MACOSX` and files without an image's suffix are passed over.
+    Links are followed. Hidden files, `__MACOSX` and files without an image's suffix are passed over; images of kinds
+    that aren't read are listed as skipped.
     """
     files = list(images_below(folder))
     entries = [
@@ -69,7 +74,7 @@ def by_folder(path: Path, entries: Sequence[Entry], reader: Reader) -> Found:
     Raises:
         ValueError: No entry is an `IDENTITY/IMAGE`; the message names the path.
     """
-    lead = _shared_lead([entry.name for entry in entries])
+    lead = _shared_lead([entry.name for entry in entries if is_image(entry.name)])
     faults = [_fault(entry, lead) for entry in entries]
     if all(faults):
         found = f", found {printable(entries[0].name)!r}" if entries else ""
@@ -82,16 +87,27 @@ def by_folder(path: Path, entries: Sequence[Entry], reader: Reader) -> Found:
 
 
 def is_image(name: str) -> bool:
-    """Whether a path is that of an image, to judge by its name."""
+    """Whether a path is that of an image that is read, to judge by its name."""
+    return _suffix(name) in IMAGE_SUFFIXES
+
+
+def unread_kind(name: str) -> str | None:
+    """Return why an image of that name isn't read, None where it is or is no image."""
+    suffix = _suffix(name)
+    return f"unread kind: {suffix}, expected {', '.join(IMAGE_SUFFIXES)}" if suffix in _UNREAD_SUFFIXES else None
+
+
+def _suffix(name: str) -> str:
+    """Return a path's suffix in small letters; '' for what is hidden."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return not hidden and path.suffix.lower() in IMAGE_SUFFIXES
+    return "" if hidden else path.suffix.lower()
 
 
 def images_below(folder: Path) -> Iterator[tuple[str, bool]]:
     """Yield the paths of the images below a folder, relative to it, and whether each is a file.
 
-    Links are followed, but for those that lead in circles.
+    Those that aren't read are among them. Links are followed, but for those that lead in circles.
 
     Raises:
         OSError: A folder can't be read.
@@ -105,7 +121,7 @@ def images_below(folder: Path) -> Iterator[tuple[str, bool]]:
         for file in files:
             path = Path(root, file)
             name = path.relative_to(folder).as_posix()
-            if is_image(name):
+            if is_image(name) or unread_kind(name):
                 yield name, path.is_file()
 
 
@@ -127,6 +143,8 @@ def _shared_lead(names: Sequence[str]) -> str:
 
 def _fault(entry: Entry, lead: str) -> str | None:
     """Return why an entry can't be used, None where it can."""
+    if kind := unread_kind(entry.name):
+        return kind
     if not entry.is_file:
         return "bad name: a link, folder or device, not a file"
     if printable(entry.name) != entry.name:

@@ -45,6 +45,7 @@ def open_faces(paths: Sequence[Path], *, spool_dir: Path | None = None) -> FaceS
     _refuse_two_records(paths)
     tars = FileSlices(paths)
     found = [_open(path, tars, number, spool_dir) for number, path in enumerate(paths)]
+    _refuse_records_that_share(found, paths)
     rows = sorted(_Row(face, number) for number, part in enumerate(found) for face in part.faces)
     _refuse_duplicates(rows, paths)
     return FaceSource(
@@ -80,6 +81,21 @@ def _refuse_two_records(paths: Sequence[Path]) -> None:
     if len(records) > 1:
         # Two people would silently become one.
         raise ValueError(f"{' and '.join(records)}: labels of both count from 0; expected one RecordIO set")
+
+
+def _refuse_records_that_share(found: Sequence[Found], paths: Sequence[Path]) -> None:
+    """Refuse a RecordIO set beside a path with an identity of the same name: its labels mean somebody there alone."""
+    for records, path in zip(found, paths, strict=True):
+        if records_of(path) is None or len(paths) == 1:
+            continue
+        labels = {face.identity for face in records.faces}
+        for other, other_path in zip(found, paths, strict=True):
+            shared = next((face.identity for face in other.faces if face.identity in labels), None)
+            if other is not records and shared is not None:
+                raise ValueError(
+                    f"{path} and {other_path}: both have an identity {shared}, a RecordIO set counts its own from 0;"
+                    " expected names that aren't numbers beside it"
+                )
 
 
 def _refuse_duplicates(rows: Sequence[_Row], paths: Sequence[Path]) -> None:

@@ -38,8 +38,9 @@ class Spool:
 def open_parquet(path: Path, spool_dir: Path | None) -> Found:
     """Find the images of a Parquet file, and copy them to where single ones can be read.
 
-    The image column is the one of bytes, or of structs with a field `bytes`; the label column, of integers or text, is
-    called `identity`, `label`, `class` or `cls`. An image is called `LABEL/FILE_ROW`.
+    The image column is the one of bytes, or of structs with a field `bytes`; the label column is called `identity`,
+    `label`, `class` or `cls`, and has integers, floats that are whole numbers, or text, in a dictionary or not. An
+    image is called `LABEL/FILE_ROW`.
 
     Args:
         path: The file.
@@ -52,8 +53,8 @@ def open_parquet(path: Path, spool_dir: Path | None) -> Found:
     spool = Spool(path, tempfile.TemporaryFile(dir=spool_dir))  # noqa: SIM115
     faces, skipped, offset = list[Face](), list[SkippedImage](), 0
     for row, (image, label) in enumerate(_rows(path)):
-        identity = "" if label is None else str(label)
-        fault = label_fault(identity) or (None if image is not None else "no bytes: the row has no image")
+        identity, fault = _identity(label)
+        fault = fault or (None if image is not None else "no bytes: the row has no image")
         name = f"{path.stem}_{row:08d}"
         if fault or image is None:
             skipped.append(SkippedImage(name, fault or ""))
@@ -86,6 +87,17 @@ def _rows(path: Path) -> Iterator[tuple[bytes | None, Any]]:
         raise ValueError(f"{path}: can't be read as Parquet: {' '.join(str(error).split())}") from None
 
 
+def _identity(label: int | float | str | None) -> tuple[str, str | None]:
+    """Return a row's identity, and why it can't be one; a table with rows that lack a label has 3.0 for 3."""
+    if label is None:
+        return "", "bad label: the row has none"
+    if isinstance(label, float):
+        if not label.is_integer():
+            return "", f"bad label: expected a whole number or text, got {label:g}"
+        label = int(label)
+    return str(label), label_fault(str(label))
+
+
 def _columns(path: Path, schema: Any) -> tuple[str, str]:
     """Return the names of the image and the label column."""
     from pyarrow import types
@@ -101,4 +113,10 @@ def _columns(path: Path, schema: Any) -> tuple[str, str]:
     if len(images) != 1 or label is None or label in images:
         found = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(f"{path}: expected one column of image bytes and one called label or identity, found {found}")
+    kind = schema.field(label).type
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(
+        is_kind(value) for is_kind in (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
+    ):
+        raise ValueError(f"{path}: expected a column '{label}' of integers or text, found {kind}")
     return images[0], label

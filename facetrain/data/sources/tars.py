@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from facetrain.data.index import FileSlices, index_tar
 from facetrain.data.sources.faces import LABEL_KEYS, Face, Found, SkippedImage, flat_names, label_fault, printable
-from facetrain.data.sources.folders import Entry, by_folder, is_image
+from facetrain.data.sources.folders import Entry, by_folder, is_image, unread_kind
 
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 """Key and extension of a sample's member: the name is cut at its first dot, as webdataset does."""
@@ -49,7 +49,8 @@ def open_tar(path: Path, tars: FileSlices, number: int) -> Found:
     classes = _classes(entries, reader)
     if classes:
         return _by_sample(path, entries, classes, reader)
-    return by_folder(path, [entry for entry in entries if is_image(entry.name)], reader)
+    images = [entry for entry in entries if is_image(entry.name) or unread_kind(entry.name)]
+    return by_folder(path, images, reader)
 
 
 def _entries(path: Path) -> list[Entry]:
@@ -88,12 +89,15 @@ def _label_of_json(data: bytes) -> str | None:
 
 
 def _by_sample(path: Path, entries: Sequence[Entry], classes: Mapping[str, str], reader: TarMembers) -> Found:
-    images = defaultdict[str, list[Entry]](list)
+    images, unread = defaultdict[str, list[Entry]](list), list[tuple[str, SkippedImage]]()
     for entry in entries:
         sample = _SAMPLE.fullmatch(entry.name)
         if sample and is_image(entry.name):
             images[sample[1]].append(entry)
-    faces, skipped = [], []
+        elif sample and (kind := unread_kind(entry.name)):
+            unread.append((sample[1], SkippedImage(printable(entry.name), kind)))
+    # Beside an image that is read, such as a mask beside its photograph, another kind is no loss.
+    faces, skipped = [], [image for key, image in unread if key not in images]
     for key, (entry, *others) in images.items():
         fault = _fault(entry, others, classes.get(key))
         if fault:
