@@ -87,6 +87,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in load_file(run_dir / "model.safetensors").items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("world_size", "more"),
     [

@@ -115,6 +115,7 @@ def reference_training():
     return first_norm, gradient, losses
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, *(pytest.param(w, marks=pytest.mark.slow) for w in (2, 3, 4))])
 def test_training_through_the_engine_equals_one_process_at_every_zero_stage(world_size):
     expected_norm, expected_gradient, expected_losses = reference_training()

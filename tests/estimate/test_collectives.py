@@ -100,6 +100,7 @@ def counted(collectives) -> Counter[tuple[str, int]]:
     return calls
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", [2, *(pytest.param(W, marks=pytest.mark.slow) for W in (4, 8))])
 def test_the_bytes_of_a_steps_collectives_are_the_estimates(world_size: int) -> None:
     configs = ENGINES | LOSSES

@@ -88,6 +88,7 @@ def memory_of_a_step(world, config):
     return kept, counter.peak_bytes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", [2])
 def test_memory_is_that_of_a_real_step(world_size: int) -> None:
     for by_name in run_ranks(real_memory, world_size, CONFIGS):

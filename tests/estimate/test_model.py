@@ -25,6 +25,7 @@ def with_train(config: Config, **changes) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
+@pytest.mark.long
 def test_every_shipped_config_can_be_estimated() -> None:
     for config in map(load_config, CONFIGS):
         found = estimate(config, Cluster(gpus_per_node=2), identities=10_000)
