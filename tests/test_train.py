@@ -261,8 +261,8 @@ def test_bad_input_is_one_line_before_any_process_group_starts(synthetic, tmp_pa
 
 BEFORE_OTHERS = {
     "a save": {"train__save_every_steps": 1, "mining__mode": "off"},
-    "a round": {"mining__warmup_steps": 1, "mining__batches_per_round": 1},
-    "an evaluation": {"eval__every_steps": 1, "data__holdout_identities": 20, "mining__mode": "off"},
+    "a round": {"mining__warmup_steps": 2, "mining__batches_per_round": 1},  # step 1 has a finite gradient still
+    "an evaluation": {"eval__every_steps": 2, "data__holdout_identities": 20, "mining__mode": "off"},
 }
 
 
