@@ -278,8 +278,8 @@ def _embed(
         say(left_out)
     images = labelled or open_images(faces.images)
     world, opened = World.alone(options.device), open_network(network, options.onnx)
-    width = opened.width(world)
-    if gallery.names and width != (wanted := gallery.embeddings.shape[1]):
+    wanted = gallery.embeddings.shape[1]
+    if gallery.names and (width := opened.width(world)) != wanted:
         raise ValueError(
             f"--checkpoint: {network}: expected embeddings of {wanted} numbers, as in the gallery, got {width}"
         )

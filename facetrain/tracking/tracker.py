@@ -268,6 +268,6 @@ def _logged_keys(metrics_file: Path) -> dict[int, set[str]]:
         try:
             row = json.loads(line)
             logged.setdefault(row.pop("step"), set()).update(row.keys() - {"at"})
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{metrics_file}:{number}: expected a line of figures and their step, as JSON") from None
     return logged
