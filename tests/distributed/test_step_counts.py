@@ -162,18 +162,23 @@ def test_the_first_step_needs_no_unused_import_and_no_compiler(counted):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-def test_large_tensors_of_a_later_step_take_no_new_pages() -> None:
-    """In a process of its own, since it can't be undone."""
+def test_large_tensors_of_later_steps_take_no_new_pages() -> None:
+    """In a process of its own, since it can't be undone.
+
+    Where small ones lie between them, which differs from process to process, some steps pass until they fit.
+    """
     script = """
 import resource
 import torch
 from facetrain.engine.host_memory import keep_freed_memory
 keep_freed_memory()
-for step in range(4):
+steps_without = 0
+for step in range(30):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(2**24).add(1)
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(pages)
+    steps_without += pages < 100  # two tensors of 64 MiB are 32,768
+print(steps_without)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert int(done.stdout) < 100  # two tensors of 64 MiB are 32,768
+    assert int(done.stdout) >= 20  # 25 at the least in 50 processes, none without the call
