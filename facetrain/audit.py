@@ -19,10 +19,11 @@ from facetrain.evaluation.html_page import Html, box, page, picture, section, te
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.evaluation.judge import PICTURE_PX
 from facetrain.networks import EmbedOptions, Network, embed_all, open_network
+from facetrain.whole_file import write_text
 from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
-MOST_SHOWN = 100
-"""Candidates of each kind on the page."""
+FEWEST_SHOWN, MOST_SHOWN = 100, 1000
+"""Candidates of each kind on the page and in audit.json: within these, all that reach the score and stand in a list."""
 
 _KINDS = {
     "overlaps": "Like people of the test",
@@ -67,7 +68,8 @@ def audit_shards(
     """Look for people of a test set, duplicates and mixtures among the identities of shards.
 
     Writes audit.html for a person to look through, audit.json with the scores, and what `facetrain pack` takes with
-    --exclude and --merge: exclude.txt and merge.txt, with the candidates whose score reaches `min_score`.
+    --exclude and --merge: exclude.txt and merge.txt, with the candidates whose score reaches `min_score`. No list has
+    more than the page shows.
 
     Args:
         folder: The shards.
@@ -87,8 +89,8 @@ def audit_shards(
         raise ValueError(f"--min-score: expected one, since no identity of {folder} has two images to tell it from")
     out.mkdir(parents=True, exist_ok=True)
     with start_world(options.device, REPORT_TIMEOUT_S) as world:
+        of_tested = tested.embed(network, options, world) if tested else None  # few; what can't be read is said soon
         of_trained = trained.embed(network, options, world)
-        of_tested = tested.embed(network, options, world) if tested else None
 
         def report() -> None:
             trained_nD = trained.unit(of_trained)
@@ -99,8 +101,9 @@ def audit_shards(
             if tested and of_tested is not None:
                 found["overlaps"] = overlaps(trained_nD, trained.bounds, tested.unit(of_tested), tested.bounds)
             least = telling_score(trained_nD, trained.bounds, found["duplicates"]) if min_score is None else min_score
-            _write_lists(found, trained, tested, least, out)
-            (out / "audit.html").write_text(_page(found, trained, tested, least, checkpoint), encoding="utf-8")
+            shown = {kind: _shown(kind, candidates, least) for kind, candidates in found.items()}
+            _write_lists(shown, trained, tested, least, out)
+            write_text(out / "audit.html", _page(found, shown, trained, tested, least, checkpoint))
 
         world.on_main(report)
 
@@ -113,17 +116,24 @@ def _open_test(paths: Sequence[Path]) -> _People:
     return _People([faces.identities[first] for first in bounds[:-1].tolist()], bounds, faces.read, faces.where)
 
 
+def _shown(kind: str, candidates: Sequence[Candidate], least: float) -> Sequence[Candidate]:
+    """Return the candidates of a kind that people look at."""
+    reach = 0 if kind == "mixtures" else sum(each.score >= least for each in candidates)
+    return candidates[: min(max(reach, FEWEST_SHOWN), MOST_SHOWN)]
+
+
 def _write_lists(
-    found: Mapping[str, Sequence[Candidate]], trained: _People, tested: _People | None, least: float, out: Path
+    shown: Mapping[str, Sequence[Candidate]], trained: _People, tested: _People | None, least: float, out: Path
 ) -> None:
     """Write the lists and audit.json, and say what is in them."""
-    alike = {kind: [each for each in candidates if each.score >= least] for kind, candidates in found.items()}
+    alike = {kind: [each for each in candidates if each.score >= least] for kind, candidates in shown.items()}
     merge = [f"{trained.names[each.identity]}\t{trained.names[each.other]}\n" for each in alike["duplicates"]]
-    (out / "merge.txt").write_text("".join(merge), encoding="utf-8")
+    write_text(out / "merge.txt", "".join(merge))
+    (out / "exclude.txt").unlink(missing_ok=True)  # of an audit against another test
     told = f"pairs of identities (merge.txt): {len(merge)}"
     if tested:
         exclude = [f"{trained.names[each.identity]}\n" for each in alike["overlaps"]]
-        (out / "exclude.txt").write_text("".join(exclude), encoding="utf-8")
+        write_text(out / "exclude.txt", "".join(exclude))
         told = f"identities like people of the test (exclude.txt): {len(exclude)}; {told}"
     rows = {
         kind: [
@@ -132,11 +142,11 @@ def _write_lists(
                 "identity": trained.names[each.identity],
                 "other": _other(kind, each, trained, tested),
             }
-            for each in candidates[:MOST_SHOWN]
+            for each in candidates
         ]
-        for kind, candidates in found.items()
+        for kind, candidates in shown.items()
     }
-    (out / "audit.json").write_text(json.dumps({"min_score": least, **rows}, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "audit.json", json.dumps({"min_score": least, **rows}, indent=1, ensure_ascii=False) + "\n")
     say(f"{out}: candidates of score {least:.3f} or more: {told}; look through audit.html before using the lists")
 
 
@@ -146,16 +156,22 @@ def _other(kind: str, candidate: Candidate, trained: _People, tested: _People | 
 
 
 def _page(
-    found: Mapping[str, Sequence[Candidate]], trained: _People, tested: _People | None, least: float, checkpoint: Path
+    found: Mapping[str, Sequence[Candidate]],
+    shown: Mapping[str, Sequence[Candidate]],
+    trained: _People,
+    tested: _People | None,
+    least: float,
+    checkpoint: Path,
 ) -> str:
     sections = []
     for kind in (kind for kind in _KINDS if kind in found):
         others = tested if kind == "overlaps" and tested else trained
-        cards = [_card(each, trained, others) for each in found[kind][:MOST_SHOWN]]
-        reach = sum(each.score >= least for each in found[kind])
+        cards = [_card(each, trained, others) for each in shown[kind]]
+        reach, most = sum(each.score >= least for each in found[kind]), len(shown[kind])
+        which = f"the first {most:,}, which are shown here," if reach > most else "they"
         about = {
-            "overlaps": f"The most alike first; {reach:,} reach {least:.3f} and stand in exclude.txt.",
-            "duplicates": f"The most alike first; {reach:,} reach {least:.3f} and stand in merge.txt.",
+            "overlaps": f"The most alike first; {reach:,} reach {least:.3f}, and {which} stand in exclude.txt.",
+            "duplicates": f"The most alike first; {reach:,} reach {least:.3f}, and {which} stand in merge.txt.",
             "mixtures": "The least alike parts first, each shown by its two least alike images; in no list.",
         }[kind]
         sections.append(section(_KINDS[kind], text(about, css="quiet"), box("pairs", cards)))

@@ -19,6 +19,8 @@ from facetrain.config import Config
 
 EXIT_USAGE = 2
 """The exit code of every command for anything the user gave that can't be used."""
+_EXIT_INTERRUPTED = 130
+"""As shells have it: 128 and the number of SIGINT."""
 
 _RANK_0_SPEAKS_FIRST_S = 3.0
 """Seconds that other ranks wait before they say what went wrong: what concerns all, rank 0 says alone."""
@@ -133,7 +135,7 @@ def user_errors() -> Iterator[None]:
     """Turn what the user can mend (ValueError, files that can't be used) into one line on stderr and exit code 2.
 
     Rank 0 speaks for all. Another rank speaks after a while, if the launcher hasn't ended it by then: its trouble is
-    its own. FACETRAIN_TRACEBACK=1 shows the traceback instead.
+    its own. An interruption from the keyboard ends in a line too. FACETRAIN_TRACEBACK=1 shows the traceback instead.
     """
     try:
         yield
@@ -146,6 +148,12 @@ def user_errors() -> Iterator[None]:
         where = f"rank {rank}: " if rank != "0" else ""
         sys.stderr.write(f"facetrain: error: {where}{error}\n")
         sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        if os.environ.get("FACETRAIN_TRACEBACK") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("facetrain: interrupted\n")
+        sys.exit(_EXIT_INTERRUPTED)
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:

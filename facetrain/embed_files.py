@@ -17,8 +17,7 @@ from facetrain.config import RunConfig
 from facetrain.data.embeddings_parquet import check_parquet, write_embeddings_parquet
 from facetrain.data.images import ImageSet, open_images
 from facetrain.data.manifest import combined_sha256
-from facetrain.embed import fitting_batch
-from facetrain.evaluation.inputs import unit_vectors
+from facetrain.evaluation.inputs import NETWORK_ENTRY, unit_vectors
 from facetrain.lock import hold_folder
 from facetrain.networks import (
     EmbedOptions,
@@ -29,7 +28,7 @@ from facetrain.networks import (
     open_aligner,
     open_network,
 )
-from facetrain.whole_file import part_of, put_in_place, write_text
+from facetrain.whole_file import write_text, writing
 from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
 PART_IMAGES = 8192
@@ -67,7 +66,10 @@ def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out:
         world.on_main(lambda: _open_parts(parts, _plan_of(run, network, found, options), held))
         job.embed(parts)
         with world.waiting_up_to(REPORT_TIMEOUT_S):
-            world.on_main(lambda: _join(parts, found, out, has_aligner=aligner is not None))
+            world.on_main(lambda: _join(parts, found, out, network_sha256(run), has_aligner=aligner is not None))
+        if world.is_main:
+            held.close()
+            shutil.rmtree(parts, ignore_errors=True)  # not while it is held: NFS keeps files that are open
 
 
 def _stdin_lines() -> list[str]:
@@ -115,20 +117,17 @@ class _Job:
     def embed(self, parts: Path) -> None:
         """Write the parts that aren't there yet."""
         num_images = len(self.photographs.faces.names)
-        data, world = self.network.data, self.world
-        self.network.backbone.to(world.device)
-        shape = (data.image_px, data.image_px, data.channels)
-        batch = fitting_batch(self.network.backbone, shape, world=world, precision=self.network.precision)
+        batch = self.network.fitting_batch(self.world)
         starts = range(0, num_images, PART_IMAGES)
         # Rank 0 says which parts are there: another node may see a file of the shared folder later.
-        is_there = world.on_main(lambda: [_part_file(parts, part).is_file() for part in range(len(starts))])
+        is_there = self.world.on_main(lambda: [_is_done(_part_file(parts, part)) for part in range(len(starts))])
         for part, start in enumerate(starts):
             if not is_there[part]:
                 images = range(start, min(start + PART_IMAGES, num_images))
                 self._embed_part(images, _part_file(parts, part), batch, f"embed {part + 1}/{len(starts)}")
 
     def _embed_part(self, images: range, file: Path, batch_images: int, label: str) -> None:
-        embeddings, unreadable = embed_readable(
+        embeddings, unreadable, failed = embed_readable(
             self.network,
             self.photographs,
             images,
@@ -140,37 +139,53 @@ class _Job:
         not_aligned = self.photographs.not_aligned(self.world) or ()
         if self.photographs.aligner:
             self.photographs.aligner.forget()  # the next part has its own
-        self.world.on_main(lambda: _write_part(file, embeddings, unreadable, not_aligned))
+        self.world.on_main(lambda: _write_part(file, embeddings, unreadable, not_aligned, failed))
 
 
 def _part_file(parts: Path, part: int) -> Path:
     return parts / f"part-{part:06d}.npz"
 
 
+def _is_done(part: Path) -> bool:
+    """Return whether a part is there, and needn't be tried again as one with files that the system failed to read."""
+    if not part.is_file():
+        return False
+    with np.load(part, allow_pickle=False) as content:
+        return not len(content["failed"])
+
+
 def _write_part(
-    file: Path, embeddings: NDArray[np.float32], unreadable: dict[int, str], not_aligned: Sequence[str]
+    file: Path,
+    embeddings: NDArray[np.float32],
+    unreadable: dict[int, str],
+    not_aligned: Sequence[str],
+    failed: set[int],
 ) -> None:
-    aside = part_of(file).with_suffix(".npz")
-    np.savez(
-        aside,
-        embeddings=embeddings,
-        unreadable=np.array(list(unreadable), dtype=np.int64),
-        why=np.array(list(unreadable.values()), dtype=np.str_),
-        not_aligned=np.array(not_aligned, dtype=np.str_),
-    )
-    put_in_place(aside, file)
+    with writing(file) as aside, open(aside, "wb") as stream:
+        np.savez(
+            stream,
+            embeddings=embeddings,
+            unreadable=np.array(list(unreadable), dtype=np.int64),
+            why=np.array(list(unreadable.values()), dtype=np.str_),
+            not_aligned=np.array(not_aligned, dtype=np.str_),
+            failed=np.array(sorted(failed), dtype=np.int64),
+        )
 
 
-def _join(parts: Path, images: ImageSet, out: Path, *, has_aligner: bool) -> None:
+def _join(parts: Path, images: ImageSet, out: Path, network_sha256: str, *, has_aligner: bool) -> None:
     """Make one file of the parts, with one of them in memory at a time, and remove them."""
     files = [_part_file(parts, part) for part in range(-(-len(images.names) // PART_IMAGES))]
-    why, num_missed, width = dict[int, str](), 0, 0
+    why, missed, width = dict[int, str](), list[str](), 0
     for file in files:
         with np.load(file, allow_pickle=False) as content:
             why |= dict(zip(content["unreadable"].tolist(), content["why"].tolist(), strict=True))
-            num_missed += len(content["not_aligned"])
+            missed += content["not_aligned"].tolist()
             width = content["embeddings"].shape[1]
-    list_unreadable(out.with_name(f"{out.name}.unreadable.txt"), images.names, why)
+    list_left_out(out.with_name(f"{out.name}.left_out.txt"), images.names, why)
+    not_found = out.with_name(f"{out.name}.not_found.txt")
+    not_found.unlink(missing_ok=True)
+    if missed:
+        write_text(not_found, "".join(f"{name}\n" for name in missed))
     names = [name for image, name in enumerate(images.names) if image not in why]
 
     def blocks() -> Iterator[NDArray[np.float32]]:
@@ -181,38 +196,43 @@ def _join(parts: Path, images: ImageSet, out: Path, *, has_aligner: bool) -> Non
             kept = [row for row in range(len(embeddings)) if first + row not in why]
             yield unit_vectors([images.names[first + row] for row in kept], embeddings[kept])
 
-    _write_embeddings(out, names, blocks(), width)
-    shutil.rmtree(parts)
-    missed = f"; faces not found, centre taken instead: {num_missed:,}" if has_aligner else ""
-    say(f"{out}: {len(names):,} embeddings of {width} numbers{missed}")
+    _write_embeddings(out, names, blocks(), width, network_sha256)
+    for file in [*files, parts / _PLAN_FILE]:
+        file.unlink()
+    listed = f", listed in {not_found}" if missed else ""
+    centred = f"; faces not found, centre taken instead: {len(missed):,}{listed}" if has_aligner else ""
+    say(f"{out}: {len(names):,} embeddings of {width} numbers{centred}")
 
 
-def list_unreadable(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
-    """Write name and reason of each image that can't be read, a line each; no file where all can.
+def list_left_out(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
+    """Write name and reason of each image that can't be used, a line each; no file where all can.
 
     Raises:
-        ValueError: None can be read.
+        ValueError: None can be used.
     """
     file.unlink(missing_ok=True)
     if not why:
         return
     write_text(file, "".join(f"{names[image]}\t{why[image]}\n" for image in sorted(why)))
     if len(why) == len(names):
-        raise ValueError(f"{why[0]}; none of the {len(names):,} images can be read, see {file}")
-    say(f"unreadable images: {len(why):,} of {len(names):,}, listed in {file}")
+        raise ValueError(f"{why[0]}; none of the {len(names):,} images can be used, see {file}")
+    say(f"images left out: {len(why):,} of {len(names):,}, listed with the reason in {file}")
 
 
-def _write_embeddings(out: Path, names: Sequence[str], blocks: Iterator[NDArray[np.float32]], width: int) -> None:
+def _write_embeddings(
+    out: Path, names: Sequence[str], blocks: Iterator[NDArray[np.float32]], width: int, network_sha256: str
+) -> None:
     """Write the file, at once or not at all."""
-    aside = part_of(out).with_suffix(out.suffix)
-    if out.suffix == ".npz":
-        _write_npz(aside, names, blocks, width)
-    else:
-        write_embeddings_parquet(aside, names, blocks)
-    put_in_place(aside, out)
+    with writing(out) as aside:
+        if out.suffix == ".npz":
+            _write_npz(aside, names, blocks, width, network_sha256)
+        else:
+            write_embeddings_parquet(aside, names, blocks)
 
 
-def _write_npz(file: Path, names: Sequence[str], blocks: Iterator[NDArray[np.float32]], width: int) -> None:
+def _write_npz(
+    file: Path, names: Sequence[str], blocks: Iterator[NDArray[np.float32]], width: int, network_sha256: str
+) -> None:
     """Write what `numpy.savez` would, without all embeddings in memory."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), width)}
     with zipfile.ZipFile(file, "w") as archive:
@@ -222,3 +242,5 @@ def _write_npz(file: Path, names: Sequence[str], blocks: Iterator[NDArray[np.flo
             np.lib.format.write_array_header_1_0(entry, header)
             for block in blocks:
                 entry.write(block.astype("<f4", copy=False).tobytes())
+        with archive.open(f"{NETWORK_ENTRY}.npy", "w") as entry:
+            np.lib.format.write_array(entry, np.array(network_sha256), allow_pickle=False)

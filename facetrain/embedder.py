@@ -56,6 +56,9 @@ class Embedder:
     ) -> NDArray[np.float32]:
         """Embed images, the same way as training evaluates.
 
+        Where the detector finds no face, the middle of the photograph is embedded; `aligner.not_found` names these of
+        the latest call.
+
         Args:
             images: Paths, bytes or pixels; at least one.
             mirror: Add the embedding of the mirrored image.
@@ -72,6 +75,8 @@ class Embedder:
         if len(images) == 0:
             raise ValueError("images: expected one or more, got none")
         names = [_name(image, number) for number, image in enumerate(images)]
+        if self.aligner:
+            self.aligner.forget()
 
         def decode(image: int, data: DataConfig) -> NDArray[np.uint8]:
             return self._decode(images[image], data, names[image])

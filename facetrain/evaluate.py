@@ -28,7 +28,7 @@ from facetrain.evaluation.inputs import (
 from facetrain.evaluation.judge import PICTURE_PX, pictures_of
 from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists
-from facetrain.evaluation.report import check_out_folder, report_to_folder
+from facetrain.evaluation.report import check_out_folder, describe_not_aligned, report_to_folder
 from facetrain.networks import Device, EmbedOptions, Photographs, embed_all, network_sha256, open_network
 from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
@@ -220,8 +220,11 @@ def compare_files(
         for file, network in networks.items():
             assert photographs is not None  # there are images where there are networks
             embeddings[file] = embed_all([network], photographs.decode, names, options, world)
+        not_aligned = photographs.not_aligned(world) if photographs else None
 
         def report() -> None:
+            if not_aligned is not None:
+                say(describe_not_aligned(not_aligned, len(names)))
             comparison = compare(names, embeddings[a], embeddings[b], request)
             sys.stdout.write(format_comparison(comparison, str(a), str(b)))
             if out is not None:

@@ -3,9 +3,11 @@
 Dims: Q queries, I images in the gallery, K people in it, k people wanted, D width.
 """
 
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +17,13 @@ from numpy.typing import NDArray
 
 from facetrain.evaluation.inputs import read_npz
 from facetrain.search import ApproximateIndex, check_faiss, group_maxima
-from facetrain.whole_file import part_of, put_in_place
+from facetrain.whole_file import writing
 
 Kind = Literal["flat", "ivf", "hnsw"]
 
 GALLERY_FILE = "gallery.npz"
 _ARRAYS = (
-    *("kind", "network", "network_sha256", "is_aligned", "is_mirrored"),
+    *("kind", "network", "network_sha256", "is_aligned", "is_mirrored", "onnx"),
     *("names", "people", "embeddings", "pictures", "picture_ends", "index"),
 )
 _IMAGES_PER_PERSON = 10
@@ -44,6 +46,8 @@ class Gallery:
     """Whether the latest images were aligned on the way."""
     is_mirrored: bool = True
     """Whether their embeddings have those of the mirrored images in them."""
+    onnx: str = ""
+    """What an ONNX network's pixels were, in words."""
     names: tuple[str, ...] = ()
     """[I], name of each image."""
     people: tuple[str, ...] = ()
@@ -91,10 +95,11 @@ class Gallery:
                 network_sha256=str(arrays["network_sha256"]),
                 is_aligned=bool(arrays["is_aligned"]),
                 is_mirrored=bool(arrays["is_mirrored"]),
+                onnx=str(arrays["onnx"]),
                 names=tuple(arrays["names"].tolist()),
                 people=tuple(arrays["people"].tolist()),
                 embeddings=arrays["embeddings"],
-                pictures=tuple(data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)),
+                pictures=tuple(data[a:b] for a, b in pairwise([0, *ends])),
                 index=ApproximateIndex.from_bytes(arrays["index"]) if kind != "flat" and len(ends) else None,
             )
         except (ValueError, TypeError, RuntimeError) as error:
@@ -103,8 +108,7 @@ class Gallery:
     def save(self, folder: Path) -> None:
         """Write the gallery into a folder, at once or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        aside = part_of(folder / GALLERY_FILE)
-        with open(aside, "wb") as file:
+        with writing(folder / GALLERY_FILE) as aside, open(aside, "wb") as file:
             np.savez(
                 file,
                 kind=np.array(self.kind),
@@ -112,6 +116,7 @@ class Gallery:
                 network_sha256=np.array(self.network_sha256),
                 is_aligned=np.array(self.is_aligned),
                 is_mirrored=np.array(self.is_mirrored),
+                onnx=np.array(self.onnx),
                 names=np.array(self.names, dtype=np.str_),
                 people=np.array(self.people, dtype=np.str_),
                 embeddings=self.embeddings,
@@ -119,7 +124,6 @@ class Gallery:
                 picture_ends=np.cumsum([len(picture) for picture in self.pictures], dtype=np.int64),
                 index=self.index.to_bytes() if self.index else np.empty(0, np.uint8),
             )
-        put_in_place(aside, folder / GALLERY_FILE)
 
     def with_images(
         self, names: Sequence[str], people: Sequence[str], embeddings: NDArray[np.float32], pictures: Sequence[bytes]
@@ -152,15 +156,16 @@ class Gallery:
         )
 
     def without(self, people: Collection[str]) -> "Gallery":
-        """Return the gallery without these people.
+        """Return the gallery without these people, however their names are composed: as one character, or as two.
 
         Raises:
             ValueError: One of them isn't in it.
         """
-        for person in people:
-            if person not in self.persons:
-                raise ValueError(f"--remove: {person!r} is not in the gallery")
-        return self._keep([person not in people for person in self.people])
+        composed = [unicodedata.normalize("NFC", person) for person in self.people]
+        gone = {unicodedata.normalize("NFC", person): person for person in people}
+        for person in gone.keys() - set(composed):
+            raise ValueError(f"--remove: {gone[person]!r} is not in the gallery")
+        return self._keep([person not in gone for person in composed])
 
     def _keep(self, mask: Sequence[bool]) -> "Gallery":
         if all(mask):

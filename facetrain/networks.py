@@ -16,7 +16,7 @@ from facetrain.data.decode import decode_face, present_face
 from facetrain.data.manifest import combined_sha256
 from facetrain.data.photograph import Photograph
 from facetrain.data.sources import FaceSource, open_faces
-from facetrain.embed import BATCH_IMAGES, embed_images
+from facetrain.embed import embed_images, fitting_batch
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
 from facetrain.world import World
@@ -51,6 +51,11 @@ class Network:
     backbone: nn.Module
     data: DataConfig
     precision: Literal["float32", "bfloat16"]
+
+    def fitting_batch(self, world: World) -> int:
+        """Return how many images one forward takes, the same on every rank; all ranks must call."""
+        shape = (self.data.image_px, self.data.image_px, self.data.channels)
+        return fitting_batch(self.backbone.to(world.device), shape, world=world, precision=self.precision)
 
     def width(self, world: World) -> int:
         """Return how many numbers an embedding has, by embedding a black face on this rank."""
@@ -144,13 +149,13 @@ def embed_all(
     options: EmbedOptions,
     world: World,
     *,
-    batch_images: int = BATCH_IMAGES,
+    batch_images: int | None = None,
     progress: str | None = "embed",
 ) -> NDArray[np.float32]:
     """Embed images with each network over all ranks; float32 [n, sum of D], the same on every rank.
 
-    Of several networks each gets the same say: its part is of unit length. `progress` is the label of the bar;
-    None shows none.
+    Of several networks each gets the same say: its part is of unit length. `batch_images` is of one forward; None
+    takes `fitting_batch` of each network. `progress` is the label of the bar; None shows none.
 
     Raises:
         ValueError: An image can't be decoded, or one of several networks embeds it as zero or not finite, or in another
@@ -171,7 +176,7 @@ def embed_all(
             world=world,
             precision=network.precision,
             mirror=options.mirror,
-            batch_images=batch_images,
+            batch_images=batch_images or network.fitting_batch(world),
             progress=progress,
         )
         parts.append(embeddings.cpu().numpy())
@@ -192,16 +197,18 @@ def embed_readable(
     options: EmbedOptions,
     world: World,
     *,
-    batch_images: int = BATCH_IMAGES,
+    batch_images: int | None = None,
     progress: str = "embed",
-) -> tuple[NDArray[np.float32], dict[int, str]]:
+) -> tuple[NDArray[np.float32], dict[int, str], set[int]]:
     """Embed some of the images over all ranks, whether or not each can be read.
 
     Returns:
-        float32 [n, D], not normalised, on every rank; and why an image can't be used, by its number, whose row means
-        nothing: it can't be read, or its embedding is zero or not finite.
+        float32 [n, D], not normalised, on every rank; why an image can't be used, by its number, whose row means
+        nothing: it can't be read, or its embedding is zero or not finite; and those of them that the system failed
+        to read, as it may not the next time.
     """
     unreadable: dict[int, str] = {}
+    failed: set[int] = set()
     names = [photographs.faces.names[image] for image in images]
 
     def decode(row: int, data: DataConfig) -> NDArray[np.uint8]:
@@ -211,15 +218,18 @@ def embed_readable(
             unreadable[images[row]] = str(error)
         except OSError as error:
             unreadable[images[row]] = f"{names[row]}: {error.strerror or error}"
+            failed.add(images[row])
         return np.zeros((data.image_px, data.image_px, data.channels), np.uint8)
 
     embeddings = embed_all([network], decode, names, options, world, batch_images=batch_images, progress=progress)
     # Over all ranks: each ends with what any of them couldn't read.
-    unreadable = {image: why for some in world.all_gather_object(unreadable) for image, why in some.items()}
+    found = world.all_gather_object((unreadable, failed))
+    unreadable = {image: why for some, _ in found for image, why in some.items()}
+    failed = {image for _, some in found for image in some}
     norms = np.square(embeddings, dtype=np.float64).sum(axis=1)
     for row in np.flatnonzero(~np.isfinite(norms) | (norms == 0)).tolist():
         unreadable.setdefault(images[row], f"{names[row]}: the network embeds it as zero, or not finite")
-    return embeddings, unreadable
+    return embeddings, unreadable, failed
 
 
 def _seen_by(network: Network, decode: Decode) -> Callable[[int], NDArray[np.uint8]]:

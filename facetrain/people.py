@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +14,18 @@ from facetrain.command_line import say
 from facetrain.data.decode import thumbnail
 from facetrain.data.images import open_images
 from facetrain.data.sources import open_faces
-from facetrain.embed_files import list_unreadable
-from facetrain.evaluation.inputs import image_key, load_embeddings_npz, unit_vectors
+from facetrain.embed_files import list_left_out
+from facetrain.evaluation.inputs import image_key, load_embeddings_npz, network_of_embeddings, unit_vectors
 from facetrain.evaluation.threshold import at_far, threshold_from_results, weights_of_results
 from facetrain.gallery import GALLERY_FILE, Gallery, Kind
 from facetrain.lock import hold_folder
 from facetrain.networks import EmbedOptions, Photographs, embed_readable, network_sha256, open_aligner, open_network
-from facetrain.search_page import search_page
+from facetrain.search_page import MOST_SHOWN, search_page
 from facetrain.whole_file import write_text
 from facetrain.world import World
 
+LEFT_OUT_FILE = "left_out.txt"
+"""Name and reason of each image that couldn't be read, or shows no face."""
 PICTURE_PX = 112
 """Side of the pictures that a gallery keeps."""
 _SAID = 20
@@ -66,7 +69,8 @@ class Decision:
         """
         if self.far is None:
             return self.threshold, "scores alone" if self.threshold is None else f"threshold {self.threshold:.4f}"
-        file = self.results or (network / "results.json" if network else None)
+        run = network.parent if network and network.suffix == ".safetensors" else network
+        file = self.results or (run / "results.json" if run else None)
         is_asked_for = bool(self.results or self.protocol)
         if self.protocol == _GALLERY or (file is None and not is_asked_for):
             return self._of_gallery(gallery, self.far)
@@ -133,9 +137,13 @@ def update_gallery(
             network = _network_of(gallery, faces)
             if network:
                 _warn_of_differences(gallery, options)
-            unreadable = folder / "unreadable.txt"
-            found = _embed(gallery, faces, network, options, unreadable, are_known=True, pictures=pictures)
+            most = None if pictures else 0
+            found = _embed(gallery, faces, network, options, folder / LEFT_OUT_FILE, are_known=True, pictures=most)
+            _say_what_is_there(gallery, found)
             gallery = gallery.with_images(found.names, found.people, found.embeddings, found.pictures)
+            if not network and len(gallery.names) == len(found.names):  # of these alone
+                assert faces.embeddings is not None
+                gallery = replace(gallery, network="", network_sha256=network_of_embeddings(faces.embeddings))
             if network:
                 gallery = replace(
                     gallery,
@@ -143,6 +151,7 @@ def update_gallery(
                     network_sha256=network_sha256(network),
                     is_aligned=bool(options.detector or options.landmarks),
                     is_mirrored=options.mirror,
+                    onnx=_onnx_input(network, options),
                 )
         gallery.save(folder)
     say(f"{folder}: {len(gallery.names):,} images of {len(gallery.persons):,} people, {gallery.kind}")
@@ -172,8 +181,9 @@ def search_gallery(
         _warn_of_differences(gallery, options)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-    unreadable = out / "unreadable.txt" if out else None
-    found = _embed(gallery, faces, network, options, unreadable, are_known=False, pictures=out is not None)
+    left_out = out / LEFT_OUT_FILE if out else None
+    pictures = MOST_SHOWN if out else 0
+    found = _embed(gallery, faces, network, options, left_out, are_known=False, pictures=pictures)
     scores, persons = gallery.search(found.embeddings, top)
     rows = [
         _row(gallery, name, own_scores, own_persons, threshold)
@@ -199,6 +209,19 @@ def search_gallery(
         head = "; ".join(filter(None, (f"{len(gallery.persons):,} people in {folder}", about, counts)))
         write_text(out / "search.html", search_page(rows, found.pictures, best, head))
         say(f"pictures  {out / 'search.html'}")
+
+
+def _say_what_is_there(gallery: Gallery, found: _Embedded) -> None:
+    """Say which images take the place of others, and who seems to be in the gallery under a name written otherwise."""
+    replaced = sorted(set(gallery.names) & set(found.names))
+    if replaced:
+        say(f"images replaced by those of the same name: {len(replaced):,}, such as {replaced[0]}")
+    people = sorted({*gallery.people, *found.people})
+    by_letters = {normalize("NFC", person): person for person in people}
+    for person in people:
+        if (other := by_letters[normalize("NFC", person)]) != person:
+            say(f"warning: {person!a} and {other!a} are one name in two Unicode forms, and two people here")
+            return
 
 
 def _counts(gallery: Gallery, rows: Sequence[Mapping[str, Any]], threshold: float) -> str:
@@ -233,6 +256,14 @@ def _warn_of_differences(gallery: Gallery, options: EmbedOptions) -> None:
     if gallery.is_mirrored != options.mirror:
         way = "with" if gallery.is_mirrored else "without"
         say(f"warning: the gallery was made {way} mirrored images; see --no-mirror")
+    if gallery.onnx != (given := _onnx_input(Path(gallery.network), options)):
+        say(f"warning: the gallery's network was given {gallery.onnx}, and is given {given} here; see --onnx-colour")
+
+
+def _onnx_input(network: Path, options: EmbedOptions) -> str:
+    """Say what an ONNX network's pixels are; other networks know it themselves."""
+    pixels = options.onnx
+    return f"(pixel - {pixels.mean:g}) / {pixels.std:g} in {pixels.colour}" if network.suffix == ".onnx" else ""
 
 
 def _network_of(gallery: Gallery, faces: Faces) -> Path | None:
@@ -243,7 +274,8 @@ def _network_of(gallery: Gallery, faces: Faces) -> Path | None:
     if file is None:
         raise ValueError("--checkpoint: expected the network that embeds the images")
     if gallery.network_sha256 and network_sha256(file) != gallery.network_sha256:
-        raise ValueError(f"--checkpoint: {file} has other weights than {gallery.network}, which made the gallery")
+        made_by = f" than {gallery.network}, which made the gallery" if gallery.network else " than made the gallery"
+        raise ValueError(f"--checkpoint: {file} has other weights{made_by}")
     return file
 
 
@@ -252,30 +284,34 @@ def _embed(
     faces: Faces,
     network: Path | None,
     options: EmbedOptions,
-    unreadable: Path | None,
+    left_out: Path | None,
     *,
     are_known: bool,
-    pictures: bool,
+    pictures: int | None,
 ) -> _Embedded:
-    """Embed images or read embeddings; images that can't be read are listed in a file.
+    """Embed images or read embeddings; images that can't be read, or show no face, are listed in a file.
 
     Args:
         gallery: What they are for.
         faces: Which.
         network: What embeds images.
         options: How.
-        unreadable: The file of the list; None says it on stdout.
+        left_out: The file of the list; None says it on stdout.
         are_known: Whether images lie in a folder for each person.
-        pictures: Make pictures.
+        pictures: Make pictures of so many, the first; None of all.
+
+    Raises:
+        ValueError: Something can't be used, or no image is left.
     """
     if network is None:
         assert faces.embeddings is not None
         names, embeddings = load_embeddings_npz(faces.embeddings)
+        _check_origin(gallery, faces.embeddings)
         people = tuple(map(_person, names)) if are_known else ("",) * len(names)
         return _Embedded(names, people, unit_vectors(names, embeddings), (b"",) * len(names))
     labelled = open_faces(faces.images) if are_known else None
-    if labelled and (left_out := labelled.describe_skipped()):
-        say(left_out)
+    if labelled and (skipped := labelled.describe_skipped()):
+        say(skipped)
     images = labelled or open_images(faces.images)
     world, opened = World.alone(options.device), open_network(network, options.onnx)
     wanted = gallery.embeddings.shape[1]
@@ -285,20 +321,39 @@ def _embed(
         )
     photographs = Photographs(images, open_aligner(options))
     rows = range(len(images.names))
-    embeddings, why = embed_readable(opened, photographs, rows, options, world)
-    if unreadable:
-        list_unreadable(unreadable, images.names, why)
+    embeddings, why, _ = embed_readable(opened, photographs, rows, options, world)
+    faceless = set(photographs.not_aligned(world) or ())
+    why = {row: f"{images.names[row]}: no face found" for row in rows if images.names[row] in faceless} | why
+    if left_out:
+        list_left_out(left_out, images.names, why)
     else:
         for row in sorted(why):
-            say(f"unreadable: {why[row]}")
+            say(f"left out: {why[row]}")
     kept = [row for row in rows if row not in why]
+    if not kept:
+        raise ValueError(f"{why[0]}; none of the {len(rows):,} images can be used")
+    shown = kept[:pictures]
     names = tuple(images.names[row] for row in kept)
     return _Embedded(
         names,
         tuple(labelled.identities[row] for row in kept) if labelled else ("",) * len(kept),
         unit_vectors(names, embeddings[kept]),
-        tuple(thumbnail(images.read(row), PICTURE_PX, images.names[row]) if pictures else b"" for row in kept),
+        (
+            *(thumbnail(images.read(row), PICTURE_PX, images.names[row]) for row in shown),
+            *(b"" for _ in kept[len(shown) :]),
+        ),
     )
+
+
+def _check_origin(gallery: Gallery, file: Path) -> None:
+    """Refuse embeddings of other weights than the gallery's, as far as the file says."""
+    sha256 = network_of_embeddings(file)
+    if not gallery.network_sha256:
+        return
+    if not sha256:
+        say(f"warning: {file} doesn't say which network it is of; scores mean something if it is the gallery's alone")
+    elif sha256 != gallery.network_sha256:
+        raise ValueError(f"--embeddings: {file} is of other weights than the gallery")
 
 
 def _person(name: str) -> str:

@@ -1,6 +1,8 @@
 """Files that are there whole or not at all, after a power cut too."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,11 +18,21 @@ def put_in_place(part: Path, path: Path) -> None:
     flush(path.absolute().parent)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give where to write a file, which takes its place at the end; after an error nothing is left of it."""
+    part = part_of(path)
+    try:
+        yield part
+        put_in_place(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk, it would take the last room
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, UTF-8, at once or not at all."""
-    part = part_of(path)
-    part.write_text(text, encoding="utf-8")
-    put_in_place(part, path)
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from facetrain import audit
 from facetrain.checkpoint.weights import save_weights
 from facetrain.cli import main
 from facetrain.config import Config, DataConfig, ModelConfig
@@ -46,6 +47,7 @@ def test_planted_people_are_found_left_out_and_joined(
     assert found["overlaps"][0]["score"] == pytest.approx(1, abs=1e-6)
     html = (out / "audit.html").read_text()
     assert html.count("<img ") == 2 * (50 + 100 + 50)
+    assert "; 1 reach 1.000, and they stand in merge.txt." in html
     assert "A Stranger, &lt;once&gt;, images: " in html
     assert "<once>" not in html
     lists = ["--exclude", str(out / "exclude.txt"), "--merge", str(out / "merge.txt")]
@@ -56,9 +58,23 @@ def test_planted_people_are_found_left_out_and_joined(
 
 
 def test_without_a_test_set_it_looks_for_duplicates_alone(synthetic: Path, network: Path, tmp_path: Path) -> None:
+    (tmp_path / "exclude.txt").write_text("Somebody of an audit before\n")
     main(["audit", str(synthetic / "shards"), "--checkpoint", str(network), "--device", "cpu", "--out", str(tmp_path)])
     assert not (tmp_path / "exclude.txt").exists()
     assert json.loads((tmp_path / "audit.json").read_text()).keys() == {"min_score", "duplicates", "mixtures"}
+
+
+def test_no_list_has_more_than_the_page_shows(
+    synthetic: Path, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "FEWEST_SHOWN", 5)
+    monkeypatch.setattr(audit, "MOST_SHOWN", 30)
+    words = ["--checkpoint", str(network), "--device", "cpu", "--out", str(tmp_path)]
+    for min_score, num_listed, num_shown in (("1", 0, 5), ("-1", 30, 30)):
+        main(["audit", str(synthetic / "shards"), *words, "--min-score", min_score])
+        assert len((tmp_path / "merge.txt").read_text().splitlines()) == num_listed
+        assert len(json.loads((tmp_path / "audit.json").read_text())["duplicates"]) == num_shown
+    assert "and the first 30, which are shown here, stand in merge.txt" in (tmp_path / "audit.html").read_text()
 
 
 def test_without_a_second_image_of_anybody_a_score_is_asked_for_first(

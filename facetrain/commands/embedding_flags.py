@@ -1,11 +1,16 @@
 """Flags of commands that embed images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from facetrain.models.onnx_backbone import OnnxInput
     from facetrain.networks import EmbedOptions
+
+
+HOW_TO_EMBED = ("landmarks", "detector", "no_mirror", "onnx_mean", "onnx_std", "onnx_colour")
+"""What says nothing where embeddings are given."""
 
 
 def add_embedding_flags(parser: Any) -> None:
@@ -22,6 +27,13 @@ def add_onnx_flags(parser: Any) -> None:
     parser.add_argument("--onnx-mean", type=float, default=127.5, help="ONNX input is (pixel - mean) / std")
     parser.add_argument("--onnx-std", type=float, default=127.5, help="ONNX input is (pixel - mean) / std")
     parser.add_argument("--onnx-colour", choices=("rgb", "bgr"), default="rgb", help="order of channels of ONNX input")
+
+
+def refuse_flags(parser: Any, args: Any, beside: str, names: Sequence[str]) -> None:
+    """Refuse flags that would have no effect beside another."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect beside {beside}")
 
 
 def embed_options(args: Any) -> "EmbedOptions":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from facetrain.command_line import new_parser, parse_arguments
-from facetrain.commands.embedding_flags import add_embedding_flags, embed_options
+from facetrain.commands.embedding_flags import HOW_TO_EMBED, add_embedding_flags, embed_options, refuse_flags
 
 if TYPE_CHECKING:
     from facetrain.evaluation.lists import Request
@@ -46,9 +46,9 @@ def lfw(argv: Sequence[str]) -> None:
     from facetrain import evaluate
 
     if args.embeddings is not None:
-        _refuse(parser, args, "--embeddings", _HOW_TO_EMBED)
+        refuse_flags(parser, args, "--embeddings", HOW_TO_EMBED)
     elif args.bin is not None:
-        _refuse(parser, args, "--bin", ("landmarks", "detector", "closed_gallery", "draws"))
+        refuse_flags(parser, args, "--bin", ("landmarks", "detector", "closed_gallery", "draws"))
     images = [Path(path) for path in args.images or ()]
     distractors = evaluate.Distractors(files=tuple(map(Path, args.distractors or ())), search=args.search)
     if args.embeddings is not None:
@@ -95,16 +95,6 @@ def _add_protocol_flags(parser: Any) -> None:
     parser.add_argument("--draws", type=int, default=1, help="seeded draws in open-best-rowden and closed-surrogate")
     parser.add_argument("--seed", type=int, default=0, help="seed of draws and resamples")
     parser.add_argument("--dataset", type=str, help="name of the set; with 'lfw', the default, its counts are checked")
-
-
-_HOW_TO_EMBED = ("landmarks", "detector", "no_mirror", "onnx_mean", "onnx_std", "onnx_colour")
-
-
-def _refuse(parser: Any, args: Any, beside: str, names: Sequence[str]) -> None:
-    """Refuse flags that would have no effect beside another."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: has no effect beside {beside}")
 
 
 def _request(args: Any, convention: Literal["exact", "insightface"] = "exact") -> "Request":

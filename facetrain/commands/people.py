@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from facetrain.command_line import new_parser, parse_arguments, say
-from facetrain.commands.embedding_flags import add_embedding_flags, embed_options
+from facetrain.commands.embedding_flags import HOW_TO_EMBED, add_embedding_flags, embed_options, refuse_flags
 
 if TYPE_CHECKING:
     from facetrain.people import Faces
@@ -58,7 +58,7 @@ def index(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--no-pictures", action="store_true", help="keep no small pictures for the pages of searches")
     args = parse_arguments(parser, argv)
-    faces, options = _faces(args), embed_options(args)
+    faces, options = _faces(parser, args), embed_options(args)
     from facetrain.people import update_gallery
 
     pictures = not args.no_pictures
@@ -88,7 +88,9 @@ def search(argv: Sequence[str]) -> None:
         raise ValueError("--results, --protocol: go with --far")
     if args.top < 1:
         raise ValueError(f"--top: expected 1 or more, got {args.top}")
-    faces, options = _faces(args), embed_options(args)
+    if args.threshold is not None and not -1 <= args.threshold <= 1:
+        raise ValueError(f"--threshold: expected a cosine, -1 to 1, got {args.threshold:g}")
+    faces, options = _faces(parser, args), embed_options(args)
     if not (faces.images or faces.embeddings):
         raise ValueError("facetrain search: expected --images or --embeddings")
     from facetrain.people import Decision, search_gallery
@@ -106,9 +108,11 @@ def _add_faces_flags(parser: Any, images: str) -> None:
     add_embedding_flags(parser)
 
 
-def _faces(args: Any) -> "Faces":
+def _faces(parser: Any, args: Any) -> "Faces":
     if args.images and args.embeddings is not None:
         raise ValueError("--images, --embeddings: expected one of them, got both")
+    if args.embeddings is not None:
+        refuse_flags(parser, args, "--embeddings", ("checkpoint", *HOW_TO_EMBED))
     from facetrain.people import Faces
 
     return Faces(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from facetrain.data.daemon_threads import DaemonThreads
 from facetrain.data.manifest import MANIFEST_FILE, Manifest, ShardInfo, combined_sha256
 from facetrain.data.remote import RemoteFolder
-from facetrain.whole_file import part_of, put_in_place
+from facetrain.whole_file import put_in_place, writing
 
 _FETCHING_THREADS = 4
 _POLL_S = 0.05
@@ -69,12 +69,8 @@ class ShardCache:
             if not (is_here and _is_index_of(manifest, tables)):
                 folder.mkdir(exist_ok=True)
                 for table in tables:
-                    part = part_of(table)  # a running job may have mapped the one that is there
-                    try:
+                    with writing(table) as part:  # a running job may have mapped the one that is there
                         self._fetch_file(table.name, part)
-                        put_in_place(part, table)
-                    finally:
-                        part.unlink(missing_ok=True)
                 if not _is_index_of(manifest, tables):
                     raise ValueError(
                         f"{self.remote.shown(MANIFEST_FILE)}: its class table and image index have another sha256;"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facetrain.data.names import NameList
-from facetrain.whole_file import part_of, put_in_place
+from facetrain.whole_file import writing
 
 BLOCK_BYTES = 512
 """A tar is a row of such blocks; headers and data start at their multiples."""
@@ -261,10 +261,8 @@ class FileSlices:
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Write an array as `.npy`, at once or not at all."""
-    part = part_of(path)
-    with open(part, "wb") as file:
+    with writing(path) as part, open(part, "wb") as file:
         np.save(file, array, allow_pickle=False)
-    put_in_place(part, path)
 
 
 def load_array(path: Path) -> npt.NDArray[Any]:

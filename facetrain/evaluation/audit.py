@@ -23,6 +23,7 @@ Bounds = NDArray[np.int64]
 _NEIGHBOURS = 5
 """Identities most like another that are looked at; a person may stand in a set more than twice."""
 _IDENTITIES_PER_PAIR = 20
+_BLOCK_IDENTITIES = 1024
 _LEAST_NORM = 1e-12
 """Images that cancel each other out have no direction; their mean is left at zero."""
 
@@ -118,9 +119,14 @@ def bounds_of(identities: Sequence[str]) -> Bounds:
 
 def _means(embeddings_nD: Embeddings, bounds: Bounds) -> torch.Tensor:
     """Return the mean direction of each identity, float32 [I, D]."""
-    sums_ID = np.add.reduceat(embeddings_nD.astype(np.float64), bounds[:-1], axis=0)
-    norms_I1 = np.linalg.norm(sums_ID, axis=1, keepdims=True)
-    return torch.from_numpy((sums_ID / np.maximum(norms_I1, _LEAST_NORM)).astype(np.float32))
+    means_ID = np.empty((len(bounds) - 1, embeddings_nD.shape[1]), np.float32)
+    for i in range(0, len(means_ID), _BLOCK_IDENTITIES):  # float64 of all images at once would be twice the set again
+        own = bounds[i : i + _BLOCK_IDENTITIES + 1]
+        images = embeddings_nD[own[0] : own[-1]].astype(np.float64)
+        sums = np.add.reduceat(images, own[:-1] - own[0], axis=0)
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        means_ID[i : i + len(sums)] = sums / np.maximum(norms, _LEAST_NORM)
+    return torch.from_numpy(means_ID)
 
 
 def _direction(images_mD: Embeddings) -> NDArray[np.float64]:

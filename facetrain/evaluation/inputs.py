@@ -15,11 +15,16 @@ from numpy.typing import NDArray
 ImageKey = tuple[str, int]
 """A person's name and the number of one of their images: ("Aaron_Peirsol", 2) is Aaron_Peirsol_0002."""
 
+NETWORK_ENTRY = "network_sha256"
+"""What an .npz of embeddings may hold beside them: the checksum of the weights."""
+
 _DAMAGED_NPZ = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, AttributeError, TypeError),
     *(NotImplementedError, RuntimeError, MemoryError, OverflowError),
 )
 """What zipfile and numpy were seen to raise, or say they do, for files that aren't what they seem."""
+
+_BLOCK_ROWS = 65_536
 
 _NAME = re.compile(r"(?:.*[/\\])?(?P<person>[^/\\]+)_(?P<number>\d+)(?:\.\w+)?")
 
@@ -164,7 +169,10 @@ def unit_vectors(names: Sequence[str], embeddings: NDArray[np.float32]) -> NDArr
     norms = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
     if not norms.all():
         raise ValueError(f"embeddings: all zeros for {names[int(np.argmin(norms))]}")
-    unit: NDArray[np.float32] = (embeddings / norms[:, None]).astype(np.float32)
+    unit = np.empty_like(embeddings)
+    for start in range(0, len(unit), _BLOCK_ROWS):  # float64 quotients of all at once would be twice the set again
+        rows = slice(start, start + _BLOCK_ROWS)
+        unit[rows] = embeddings[rows] / norms[rows, None]
     return unit
 
 
@@ -267,6 +275,19 @@ def load_embeddings_npz(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32
     return tuple(names.tolist()), embeddings.astype(np.float32)
 
 
+def network_of_embeddings(path: Path) -> str:
+    """Return the checksum of the weights that made an .npz of embeddings; empty where the file doesn't say.
+
+    Raises:
+        ValueError: not an npz, or damaged; the message names the file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return str(file[NETWORK_ENTRY]) if NETWORK_ENTRY in file.files else ""
+    except _DAMAGED_NPZ as error:
+        raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+
+
 def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Read arrays from an .npz file; nothing in it is ever unpickled.
 
@@ -303,9 +324,12 @@ def _pair_list(path: Path, lines: Sequence[str], num_folds: int, pairs_per_fold:
 
 
 def _pair(line: str, genuine: bool, where: str) -> tuple[ImageKey, ImageKey]:
-    words = line.split()
+    num_words = 3 if genuine else 4
+    words = [word.strip() for word in line.split("\t")]  # between tabs, names may hold blanks
+    if len(words) != num_words:
+        words = line.split()
     numbers = words[1:3] if genuine else words[1::2]
-    if len(words) != (3 if genuine else 4) or not all(word.isdecimal() for word in numbers):
+    if len(words) != num_words or not all(word.isdecimal() for word in numbers):
         expected = "a genuine pair, 'name i j'" if genuine else "an impostor pair, 'name1 i name2 j'"
         raise ValueError(f"{where}: expected {expected}, got {line.strip()!r}")
     first = (words[0], int(numbers[0]))

@@ -91,12 +91,15 @@ def format_table(evaluation: Evaluation) -> str:
     return "\n\n".join("\n".join(lines) for lines in blocks if lines) + "\n"
 
 
+def describe_not_aligned(names: Sequence[str], num_images: int) -> str:
+    """Say how many photographs had no face to align, and the first of them."""
+    named = f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+    return f"faces not found, centre taken instead: {len(names)} of {num_images:,}{named}"
+
+
 def _alignment_lines(evaluation: Evaluation) -> list[str]:
-    missed = evaluation.not_aligned
-    if missed is None:
-        return []
-    named = f": {', '.join(missed[:3])}{', ...' if len(missed) > 3 else ''}" if missed else ""
-    return [f"  faces not found, centre taken instead: {len(missed)} of {evaluation.num_images:,}{named}"]
+    names = evaluation.not_aligned
+    return [] if names is None else [f"  {describe_not_aligned(names, evaluation.num_images)}"]
 
 
 def _verification_lines(outcome: Verification) -> list[str]:

@@ -4,7 +4,7 @@ Every item is a query, searched for among all others; items that are alone in th
 queries. The rank of a class mate is 1 + the number of others before it, where others of other classes that score the
 same come before it: ties count against the system.
 
-Dims: I items, q queries of one block, M class mates (padded to the largest class), C classes, D width.
+Dims: I items, q queries of one block, M class mates (padded to the largest class of the block), C classes, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,9 @@ class Labels:
     label: NDArray[np.int64]
     """[I], in [0, C)."""
     members: NDArray[np.int64]
-    """[C, size of the largest class], the items of each class, padded with -1."""
+    """[I], the items, class by class."""
+    first: NDArray[np.int64]
+    """[C], where the items of each class begin in `members`."""
     counts: NDArray[np.int64]
     """[C], items of each class."""
     queries: NDArray[np.int64]
@@ -79,11 +81,13 @@ def read_labels(classes: ArrayLike) -> Labels:
     if len(counts) < 2 or counts.max() < 2:
         found = f"{len(label)} items of {len(counts)}"
         raise ValueError(f"labels: expected two classes or more, and two items or more of one, got {found}")
-    members = np.full((len(counts), counts.max()), -1)
-    order = np.argsort(label, kind="stable")
-    place = np.arange(len(label)) - np.repeat(counts.cumsum() - counts, counts)
-    members[label[order], place] = order
-    return Labels(label=label, members=members, counts=counts, queries=np.flatnonzero(counts[label] > 1))
+    return Labels(
+        label=label,
+        members=np.argsort(label, kind="stable"),
+        first=counts.cumsum() - counts,
+        counts=counts,
+        queries=np.flatnonzero(counts[label] > 1),
+    )
 
 
 def check_depths(num_items: int, **depths: Sequence[int]) -> None:
@@ -130,8 +134,9 @@ def retrieve(
     """
     check_depths(len(embeddings), recall_at=recall_at, neighbours=neighbours)
     items_ID = torch.from_numpy(embeddings).to(device)
-    label_I, members_CM, counts_C, queries = (
-        torch.from_numpy(x).to(device) for x in (labels.label, labels.members, labels.counts, labels.queries)
+    label_I, members_I, first_C, counts_C, queries = (
+        torch.from_numpy(x).to(device)
+        for x in (labels.label, labels.members, labels.first, labels.counts, labels.queries)
     )
     deepest = max(*recall_at, int(counts_C.max()) - 1)
     # Where a rank is `deepest` or better, fewer than these others score as high: ranks up to it are exact.
@@ -142,14 +147,15 @@ def retrieve(
         own_q = queries[rows]
         scores_qI[torch.arange(len(own_q), device=device), own_q] = -torch.inf  # nobody finds himself
         nearest_qd = scores_qI.topk(depth, dim=1).values
-        mates_qM = members_CM[label_I[own_q]]
-        mate_scores_qM = scores_qI.gather(1, mates_qM.clamp(min=0)).masked_fill(mates_qM < 0, -torch.inf)
+        counts_q1, first_q1 = counts_C[label_I[own_q]][:, None], first_C[label_I[own_q]][:, None]
+        place_M = torch.arange(int(counts_q1.max()), device=device)
+        mates_qM = members_I[(first_q1 + place_M).clamp(max=len(members_I) - 1)]
+        mate_scores_qM = scores_qI.gather(1, mates_qM).masked_fill(place_M >= counts_q1, -torch.inf)
         ranks_qM = _ranks(mate_scores_qM.sort(dim=1, descending=True).values, nearest_qd)
-        num_mates_q1 = counts_C[label_I[own_q]][:, None] - 1
-        place_M = torch.arange(1, ranks_qM.shape[1] + 1, device=device)
-        found_qM = (place_M <= num_mates_q1) & (ranks_qM <= num_mates_q1)
+        num_mates_q1 = counts_q1 - 1
+        found_qM = (place_M < num_mates_q1) & (ranks_qM <= num_mates_q1)
         best_rank.append(ranks_qM[:, 0])
-        map_at_r.append((found_qM * place_M / ranks_qM.double() / num_mates_q1).sum(dim=1))
+        map_at_r.append((found_qM * (place_M + 1) / ranks_qM.double() / num_mates_q1).sum(dim=1))
         r_precision.append((found_qM.double() / num_mates_q1).sum(dim=1))
         for k, right in knn.items():
             right.append(_most_votes(scores_qI, nearest_qd[:, k - 1], label_I, own_q))
@@ -228,8 +234,8 @@ def _draw(labels: Labels, item: int, num_negatives: int, seed: int) -> NDArray[n
     """Return a class mate of an item, then items of as many other classes, each drawn at random."""
     rng = np.random.default_rng([seed, item])
     own = int(labels.label[item])
-    mates = labels.members[own, : labels.counts[own]]
+    mates = labels.members[labels.first[own] :][: labels.counts[own]]
     others = rng.choice(len(labels.counts) - 1, num_negatives, replace=False)
     others += others >= own
-    negatives = labels.members[others, rng.integers(labels.counts[others])]
+    negatives = labels.members[labels.first[others] + rng.integers(labels.counts[others])]
     return np.append(rng.choice(mates[mates != item]), negatives)

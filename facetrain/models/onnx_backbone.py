@@ -17,7 +17,10 @@ ONNX_DATA_KEY = "facetrain.data"
 
 @dataclass(frozen=True)
 class OnnxInput:
-    """What the pixels of an ONNX network's input look like: (pixel - mean) / std, channels in this order."""
+    """What the pixels of an ONNX network's input look like: (pixel - mean) / std, channels in this order.
+
+    A network of ours says it itself; one of uint8 takes pixels as they are.
+    """
 
     mean: float = 127.5
     """In [0, 255]."""
@@ -59,6 +62,8 @@ class OnnxBackbone(nn.Module):
             raise ValueError(
                 f"{file}: expected one input [B, 1 or 3, H, H] of fixed H, got {[i.shape for i in inputs]}"
             )
+        if self._takes_bytes and (pixels.mean, pixels.std) != (OnnxInput.mean, OnnxInput.std):
+            raise ValueError(f"--onnx-mean, --onnx-std: {file} takes pixels as they are, uint8")
         stated = self._session.get_modelmeta().custom_metadata_map.get(ONNX_DATA_KEY)
         self._file, self._input, self._pixels = file, inputs[0].name, OnnxInput() if stated else pixels
         self._batch = shape[0] if isinstance(shape[0], int) else None
@@ -90,6 +95,8 @@ class OnnxBackbone(nn.Module):
         """Embed a batch as `network_input` makes it, in [-1, 1]; float32 [B, D] on the device of the images."""
         if self._takes_bytes:
             pixels = (images_BCHW.float() * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+            if self._pixels.colour == "bgr":
+                pixels = pixels.flip(3)
             return self._run_blocks(pixels).to(images_BCHW.device, torch.float32)
         pixels = (images_BCHW.float() * 127.5 + (127.5 - self._pixels.mean)) / self._pixels.std
         if self._pixels.colour == "bgr":

@@ -91,6 +91,15 @@ def test_a_malformed_line_of_pairs_is_named(tmp_path: Path, line: int, text: str
         read_pairs(file)
 
 
+def test_names_between_tabs_may_hold_blanks(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.txt"
+    file.write_text("1 1\nAnn Example\t1\t2\nAnn Example\t1\tBob 3\t4\n")
+    assert read_pairs(file).pairs == (
+        (("Ann Example", 1), ("Ann Example", 2)),
+        (("Ann Example", 1), ("Bob 3", 4)),
+    )
+
+
 def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "pairs.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"pairs\.txt: expected a text file"):

@@ -75,6 +75,26 @@ def test_pixels_are_what_the_network_was_made_for(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_bytes_are_turned_to_bgr_and_nothing_else(tmp_path: Path) -> None:
+    helper, byte = onnx.helper, onnx.TensorProto.UINT8
+    nodes = [
+        helper.make_node("Cast", ["image"], ["floats"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["embedding"]),
+    ]
+    image = helper.make_tensor_value_info("image", byte, ["n", 8, 8, 3])
+    embedding = helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["n", 192])
+    graph = helper.make_graph(nodes, "net", [image], [embedding])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    (tmp_path / "n.onnx").write_bytes(model.SerializeToString())
+    images = pixels(2)
+    for colour, expected in (("rgb", images), ("bgr", images.flip(3))):
+        backbone = OnnxBackbone(tmp_path / "n.onnx", OnnxInput(colour=colour))  # type: ignore[arg-type]
+        torch.testing.assert_close(backbone(network_input(images)), expected.flatten(1).float())
+    with pytest.raises(ValueError, match=r"--onnx-mean, --onnx-std: .*n\.onnx takes pixels as they are"):
+        OnnxBackbone(tmp_path / "n.onnx", OnnxInput(mean=0))
+
+
+@torch.no_grad()
 def test_grey_networks_have_one_channel(tmp_path: Path) -> None:
     layer = write_onnx(tmp_path / "n.onnx", channels=1)
     backbone = OnnxBackbone(tmp_path / "n.onnx", OnnxInput())

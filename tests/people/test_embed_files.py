@@ -17,10 +17,10 @@ from commands import run as run_command
 import facetrain
 from facetrain import embed_files
 from facetrain.cli import main
-from facetrain.data.images import open_images
+from facetrain.data.images import ImageSet, open_images
 from facetrain.data.sources import open_faces
-from facetrain.evaluation.inputs import load_embeddings_npz
-from facetrain.networks import EmbedOptions, Photographs, embed_readable, open_network
+from facetrain.evaluation.inputs import load_embeddings_npz, network_of_embeddings
+from facetrain.networks import EmbedOptions, Photographs, embed_readable, network_sha256, open_network
 from facetrain.world import start_world
 
 
@@ -84,8 +84,9 @@ def test_a_file_that_cannot_be_opened_is_an_unreadable_image(pictures: Path, run
     options = EmbedOptions(device="cpu")
     network = open_network(run, options.onnx)
     with start_world("cpu", 60) as world:
-        _, unreadable = embed_readable(network, Photographs(faces, None), [0, 1], options, world)
+        _, unreadable, failed = embed_readable(network, Photographs(faces, None), [0, 1], options, world)
     assert unreadable == {1: "er/1.jpg: No such file or directory"}
+    assert failed == {1}
 
 
 def test_links_in_circles_are_walked_once(pictures: Path) -> None:
@@ -118,11 +119,11 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(
     embed("-", "--checkpoint", run, "--out", tmp_path / "e.npz")
     names, _ = load_embeddings_npz(tmp_path / "e.npz")
     assert names == (f"{pictures}/2.jpg",)
-    first, second = (tmp_path / "e.npz.unreadable.txt").read_text().splitlines()
+    first, second = (tmp_path / "e.npz.left_out.txt").read_text().splitlines()
     assert first.startswith(f"{pictures}/3.jpg\t")
     assert "expected an image" in first
     assert second == f"{pictures}/gone.jpg\t{pictures}/gone.jpg: No such file or directory"
-    assert "unreadable images: 2 of 3" in capsys.readouterr().out
+    assert "images left out: 2 of 3" in capsys.readouterr().out
 
 
 def test_a_part_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,13 +131,13 @@ def test_a_part_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch
         raise OSError(errno.EIO, os.readlink(f"/proc/self/fd/{descriptor}"))
 
     monkeypatch.setattr(os, "fsync", die)
-    with pytest.raises(OSError, match=r"part-000000\.npz\.\d+\.npz"):
-        embed_files._write_part(tmp_path / "part-000000.npz", np.zeros((1, 2), np.float32), {}, ())
-    assert not (tmp_path / "part-000000.npz").exists()
+    with pytest.raises(OSError, match=r"part-000000\.npz\.\d+\.tmp"):
+        embed_files._write_part(tmp_path / "part-000000.npz", np.zeros((1, 2), np.float32), {}, (), set())
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_job_goes_on_and_ends_as_if_it_had_not_been(
-    pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(embed_files, "PART_IMAGES", 2)
     embed(pictures, "--checkpoint", run, "--out", tmp_path / "whole.npz")
@@ -149,8 +150,9 @@ def test_an_interrupted_job_goes_on_and_ends_as_if_it_had_not_been(
         write(file, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(embed_files, "_write_part", write_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         embed(pictures, "--checkpoint", run, "--out", tmp_path / "cut.npz")
+    assert capsys.readouterr().err.endswith("facetrain: interrupted\n")
     torch.distributed.destroy_process_group()  # as the end of the process does
     assert not (tmp_path / "cut.npz").exists()
     assert len(parts) == 2
@@ -161,6 +163,22 @@ def test_an_interrupted_job_goes_on_and_ends_as_if_it_had_not_been(
     whole_names, whole = load_embeddings_npz(tmp_path / "whole.npz")
     assert names == whole_names
     np.testing.assert_array_equal(embeddings, whole)
+
+
+def test_what_the_system_failed_to_read_is_tried_again_by_the_next_start(
+    pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(images: ImageSet, image: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ImageSet, "read", out_of_reach)
+        with pytest.raises(SystemExit, match="2"):
+            embed(pictures, "--checkpoint", run, "--out", tmp_path / "e.npz")
+    torch.distributed.destroy_process_group()  # as the end of the process does
+    embed(pictures, "--checkpoint", run, "--out", tmp_path / "e.npz")
+    assert len(load_embeddings_npz(tmp_path / "e.npz")[0]) == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("e.npz")) == ["e.npz"]
 
 
 def test_parts_of_another_job_are_not_taken(
@@ -219,7 +237,7 @@ def test_two_ranks_write_what_one_does(pictures: Path, run: Path, tmp_path: Path
     np.testing.assert_array_equal(
         load_embeddings_npz(tmp_path / "one.npz")[1], load_embeddings_npz(tmp_path / "two.npz")[1]
     )
-    assert "9.jpg" in (tmp_path / "two.npz.unreadable.txt").read_text()
+    assert "9.jpg" in (tmp_path / "two.npz.left_out.txt").read_text()
 
 
 def test_what_is_joined_is_as_numpy_writes_it_and_a_part_lists_its_own_photographs_alone(
@@ -237,9 +255,14 @@ def test_what_is_joined_is_as_numpy_writes_it_and_a_part_lists_its_own_photograp
     monkeypatch.setattr(embed_files, "_write_part", write_and_look)
     embed(pictures, "--checkpoint", run, "--landmarks", points, "--out", tmp_path / "e.npz")
     names, embeddings = load_embeddings_npz(tmp_path / "e.npz")
+    assert network_of_embeddings(tmp_path / "e.npz") == network_sha256(run)
+    missed = [name for name in names if name != "2.jpg"]
+    assert (tmp_path / "e.npz.not_found.txt").read_text().splitlines() == missed
     assert listed == [tuple(name for name in names[part : part + 2] if name != "2.jpg") for part in (0, 2, 4)]
-    assert "faces not found, centre taken instead: 4" in capsys.readouterr().out
-    np.savez(tmp_path / "numpy.npz", names=np.array(names), embeddings=embeddings)
+    listed_in = f"listed in {tmp_path}/e.npz.not_found.txt"
+    assert f"faces not found, centre taken instead: 4, {listed_in}" in capsys.readouterr().out
+    sha256 = np.array(network_sha256(run))
+    np.savez(tmp_path / "numpy.npz", names=np.array(names), embeddings=embeddings, network_sha256=sha256)
     for file in ("e.npz", "numpy.npz"):
         with zipfile.ZipFile(tmp_path / file) as archive:
             assert archive.testzip() is None

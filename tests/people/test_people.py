@@ -1,14 +1,19 @@
 """`facetrain index` and `facetrain search`, as a user types them."""
 
+import itertools
 import json
+import tarfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from people.conftest import make_run
 
 from facetrain.cli import main
+from facetrain.evaluation.inputs import load_embeddings_npz
 from facetrain.gallery import Gallery
+from facetrain.people import Decision
 
 
 def run_main(*words: str | Path) -> None:
@@ -30,7 +35,7 @@ def test_people_are_added_found_and_removed(
     stored = Gallery.load(gallery)
     assert stored.persons == tuple(sorted(path.name for path in [first, *rest]))
     assert len(stored.names) == len(list(people.rglob("*.jpg")))
-    assert "broken.jpg" in (gallery / "unreadable.txt").read_text()
+    assert "broken.jpg" in (gallery / "left_out.txt").read_text()
 
     results = tmp_path / "results.json"
     thresholds = {"thresholds": {"open-best-rowden": {"1e-2": 0.9}}}
@@ -53,7 +58,10 @@ def test_people_are_added_found_and_removed(
     (tmp_path / "no.jpg").write_bytes(b"no image")
     run_main("search", gallery, "--images", first, tmp_path / "no.jpg", "--threshold", "0.9999", "--device", "cpu")
     printed = capsys.readouterr().out
-    assert f"unreadable: {tmp_path}/no.jpg: expected an image" in printed
+    assert f"left out: {tmp_path}/no.jpg: expected an image" in printed
+    with pytest.raises(SystemExit):
+        run_main("search", gallery, "--images", tmp_path / "no.jpg", "--device", "cpu")
+    assert "none of the 1 images can be used" in capsys.readouterr().err
     assert "unknown" in printed
     assert f"  {first.name} " not in printed
 
@@ -82,6 +90,47 @@ def test_the_terminal_shows_some_of_many_faces_where_a_file_has_all(
     assert printed.count("Ann 1.000") == 20
     assert f"... and 5 more in {tmp_path}/out/search.json" in printed
     assert len(json.loads((tmp_path / "out" / "search.json").read_text())["images"]) == 25
+
+
+def test_what_takes_the_place_of_something_or_of_somebody_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    composed, decomposed = "Jos\u00e9", "Jose\u0301"
+    for name, person in (("a", composed), ("b", decomposed)):
+        np.savez(tmp_path / f"{name}.npz", names=np.array([f"{person}/1.jpg"]), embeddings=np.ones((1, 4), np.float32))
+    for file in ("a.npz", "a.npz", "b.npz"):
+        run_main("index", tmp_path / "g", "--embeddings", tmp_path / file)
+    printed = capsys.readouterr().out
+    assert printed.count("images replaced by those of the same name: 1, such as Jos") == 1
+    assert printed.count("are one name in two Unicode forms") == 1
+    run_main("index", tmp_path / "g", "--remove", composed)
+    assert Gallery.load(tmp_path / "g").names == ()
+
+
+def test_embeddings_say_which_weights_made_them(
+    synthetic: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = synthetic / "faces" / "heldout"
+    other = make_run(tmp_path / "other", seed=1)
+    for name, network in (("a", run), ("b", other)):
+        run_main("embed", images, "--checkpoint", network, "--device", "cpu", "--out", tmp_path / f"{name}.npz")
+    names, embeddings = load_embeddings_npz(tmp_path / "a.npz")
+    np.savez(tmp_path / "c.npz", names=np.array(names), embeddings=embeddings)
+    run_main("index", tmp_path / "g", "--embeddings", tmp_path / "a.npz")
+    for words in (("--embeddings", tmp_path / "b.npz"), ("--images", images, "--checkpoint", other, "--device", "cpu")):
+        with pytest.raises(SystemExit):
+            run_main("search", tmp_path / "g", *words)
+        assert "other weights than" in capsys.readouterr().err
+    run_main("search", tmp_path / "g", "--images", images, "--checkpoint", run, "--device", "cpu")
+    assert "warning" not in capsys.readouterr().out
+    run_main("search", tmp_path / "g", "--embeddings", tmp_path / "c.npz")
+    assert "c.npz doesn't say which network it is of" in capsys.readouterr().out
+
+
+def test_weights_in_a_run_folder_are_judged_by_its_results(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"thresholds": {"open-best-rowden": {"1e-2": 0.9}}}))
+    for network in (tmp_path, tmp_path / "model.safetensors"):
+        assert Decision(far=0.01).resolve(Gallery(), network)[0] == 0.9
 
 
 def test_other_weights_than_the_gallerys_are_refused(
@@ -117,6 +166,9 @@ def test_a_network_of_another_width_than_the_gallerys_is_refused_before_it_embed
         (["search", "g", "--images", "x", "--threshold", "1", "--far", "1"], "expected one of them"),
         (["search", "g", "--images", "x", "--results", "r"], "go with --far"),
         (["search", "g", "--images", "x", "--top", "0"], "--top: expected 1 or more"),
+        (["search", "g", "--images", "x", "--threshold", "40"], "--threshold: expected a cosine, -1 to 1, got 40"),
+        (["search", "g", "--embeddings", "e", "--checkpoint", "r"], "--checkpoint: has no effect beside --embeddings"),
+        (["index", "g", "--embeddings", "e", "--detector", "d"], "--detector: has no effect beside --embeddings"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -156,14 +208,42 @@ def test_a_gallery_gives_a_threshold_where_no_evaluation_does(
     assert "--protocol: expected --results" in capsys.readouterr().err
 
 
+@pytest.fixture
+def photographs(face_data: Path, tmp_path: Path) -> Path:
+    """A folder of two people, with an image of noise for one of them."""
+    folder = tmp_path / "photographs"
+    with tarfile.open(face_data / "lfw_aligned-00.tar") as tar:
+        for member in itertools.islice((m for m in tar if m.isfile()), 2):
+            tar.extract(member, folder, filter="data")
+    person = next(path for path in folder.rglob("*.jpg")).parent
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    cv2.imwrite(str(person / "noise.png"), noise)
+    return folder
+
+
+def test_an_image_without_a_face_is_in_no_gallery_and_is_looked_for_in_none(
+    photographs: Path, run: Path, face_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--detector", face_data / "models" / "face_detection_yunet.onnx", "--device", "cpu")
+    run_main("index", tmp_path / "g", "--checkpoint", run, "--images", photographs, *words)
+    assert not any("noise" in name for name in Gallery.load(tmp_path / "g").names)
+    assert "noise.png: no face found\n" in (tmp_path / "g" / "left_out.txt").read_text()
+    noise = next(photographs.rglob("noise.png"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_main("search", tmp_path / "g", "--images", noise, *words)
+    captured = capsys.readouterr()
+    assert f"left out: {noise}: no face found" in captured.out
+    assert "none of the 1 images can be used" in captured.err
+
+
 def test_a_search_unlike_the_gallery_is_warned_of(
-    synthetic: Path, run: Path, face_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photographs: Path, run: Path, face_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     detector = face_data / "models" / "face_detection_yunet.onnx"
-    first = sorted((synthetic / "faces" / "heldout").iterdir())[0]
-    words = ("--images", first.parent, "--detector", detector, "--device", "cpu")
+    words = ("--images", photographs, "--detector", detector, "--device", "cpu")
     run_main("index", tmp_path / "g", "--checkpoint", run, *words)
-    run_main("search", tmp_path / "g", "--images", first, "--device", "cpu", "--no-mirror")
+    run_main("search", tmp_path / "g", "--images", photographs, "--device", "cpu", "--no-mirror")
     printed = capsys.readouterr().out
     assert "warning: the gallery's photographs were aligned; without --detector" in printed
     assert "warning: the gallery was made with mirrored images" in printed
