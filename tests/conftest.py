@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.get_closest_marker("long")))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws from torch's own generator is the same each time, so that a failure repeats."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def face_data() -> Path:
     """Folder of real faces and LFW's lists."""

@@ -4,10 +4,12 @@ No other error, and no code run from a pickle.
 """
 
 import io
+import json
 import pickle
+import shutil
 import struct
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from facetrain.command_line import config_yaml, parse_config
 from facetrain.config import Config
 from facetrain.data.align import points_from_file
 from facetrain.data.index import index_tar
-from facetrain.data.manifest import Manifest
+from facetrain.data.manifest import MANIFEST_FILE, Manifest
+from facetrain.data.shards import ShardSet
 from facetrain.data.sources.csv_list import open_csv
 from facetrain.data.sources.opening import open_faces
 from facetrain.data.sources.recordio import open_records
@@ -83,7 +86,7 @@ EMBEDDINGS = an_npz(names=np.array(FACES.names), embeddings=np.eye(4, dtype=np.f
 BIN = pickle.dumps(([JPEG, np.frombuffer(JPEG, np.uint8)] * 2, [True, False]), protocol=2)
 PAIRS = b"1 1\nAnn 1 2\nAnn 1 Bob 1\n"
 
-READERS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {
+READERS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {  # no bytes: those of the packed shards
     "tar index": ("a.tar", a_tar(), lambda file: list(index_tar(file))),
     "tar of faces": ("a.tar", a_tar(), lambda file: open_faces([file])),
     "record reader": ("train.rec", records(), open_records),
@@ -96,11 +99,7 @@ READERS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {
     "list of points": ("points.txt", b"Ann/Ann_0001.jpg 1 2 3 4 5 6 7 8 9 10\n", points_from_file),
     "list of faces": ("faces.csv", b"path,label\nfaces.csv,Ann\n", open_csv),
     "embeddings": ("e.npz", EMBEDDINGS, load_embeddings_npz),
-    "manifest": (
-        "m.json",
-        b'{"format": 1, "shards": [], "settings": {}}',
-        lambda f: Manifest.parse(f.read_bytes(), "m"),
-    ),
+    "manifest": (MANIFEST_FILE, b"", lambda file: Manifest.load(file.parent).sha256),
     "results": (
         "r.json",
         b'{"thresholds": {"open-counts/all": {"1e-2": 0.5}}}',
@@ -137,25 +136,59 @@ def fuzz(examples: int, valid: bytes, read: Callable[[bytes], object]) -> None:
     check()
 
 
-@many
-@pytest.mark.parametrize("name", READERS)
-def test_damaged_files_are_read_or_refused(tmp_path: Path, name: str, examples: int) -> None:
+@pytest.fixture
+def valid_and_read(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> tuple[bytes, Callable[[bytes], object]]:
+    """What a reader takes, and the reader of such bytes."""
     file, valid, reader = READERS[name]
-    if name == "record reader":
-        (tmp_path / "train.idx").write_text("0\t0\n1\t40\n2\t100\n")
+    valid = valid or (request.getfixturevalue("synthetic") / "shards" / file).read_bytes()
+    (tmp_path / "train.idx").write_text("0\t0\n1\t40\n2\t100\n")  # read beside train.rec
 
     def read(data: bytes) -> object:
         (tmp_path / file).write_bytes(data)
         return reader(tmp_path / file)
 
-    fuzz(examples, valid, read)
+    return valid, read
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if name not in ("record reader", "manifest")])
-def test_what_is_damaged_there_was_valid(tmp_path: Path, name: str) -> None:
-    file, valid, reader = READERS[name]
-    (tmp_path / file).write_bytes(valid)
-    reader(tmp_path / file)
+@many
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_read_or_refused(
+    valid_and_read: tuple[bytes, Callable[[bytes], object]], examples: int
+) -> None:
+    fuzz(examples, *valid_and_read)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_damaged_there_was_valid(valid_and_read: tuple[bytes, Callable[[bytes], object]]) -> None:
+    valid, read = valid_and_read
+    read(valid)
+
+
+def with_each_replaced(content: Any, value: Any) -> Iterator[Any]:
+    """Copies of JSON in each of which one value, at any depth, is another."""
+    yield value
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, inner in items:
+        for other in with_each_replaced(inner, value):
+            changed = content.copy()
+            changed[key] = other
+            yield changed
+
+
+def test_shards_whose_manifest_has_any_value_replaced_are_opened_or_refused(synthetic: Path, tmp_path: Path) -> None:
+    """Bytes damaged at random are seldom JSON still."""
+    folder = shutil.copytree(synthetic / "shards", tmp_path / "shards")
+    valid = json.loads((folder / MANIFEST_FILE).read_text())
+    num_opened = 0
+    for value in (None, True, -1, 1.5, float("nan"), 10**30, "", "x\0", "\ud800", [], [1], {}, {"a": 1}):
+        for content in with_each_replaced(valid, value):
+            (folder / MANIFEST_FILE).write_text(json.dumps(content))
+            with suppress(ValueError):
+                ShardSet.open(folder)
+                num_opened += 1
+    assert num_opened > 50  # past what reads the manifest: its packer, say, may be any
 
 
 @many

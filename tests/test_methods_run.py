@@ -1,6 +1,7 @@
 """Runs with other losses than N-pair: several images of each identity, resume at any step and with other ranks."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, assert_user_error, facetrain, run
 from safetensors.numpy import load_file
+from test_train import training
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +29,7 @@ def flags(synthetic: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def train(world_size: int, *words: str, cwd: Path) -> str:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size))
-    done = run(*launcher, "-m", "facetrain.train", *words, cwd=cwd, timeout_s=280)
+    done = run(*training(world_size, *words), cwd=cwd, timeout_s=280)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -83,7 +84,11 @@ def test_class_mining_feeds_the_triplet_loss(synthetic: Path, tmp_path: Path) ->
     log = train(1, *flags(synthetic, tmp_path / "run", *words), cwd=tmp_path)
     assert "mining round 0" in log
     figures = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert any("train/data_loss" in line for line in figures)
+    assert [line["step"] for line in figures if "mining/violation" in line] == [1, 3]
+    served = [line for line in figures if "train/data_loss" in line and line["step"] > 1 + 4]
+    assert [line["step"] for line in served] == [6, 8]
+    assert all(math.isfinite(line["train/data_loss"]) for line in served)
+    assert served[-1]["train/max_draws_of_an_identity"] > 3  # each once in three steps, but for mined ones
 
 
 def test_what_cannot_be_done_is_one_line(synthetic: Path, tmp_path: Path) -> None:

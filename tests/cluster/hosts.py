@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.debian import missing_programs
+
 
 @dataclass(frozen=True)
 class Host:
@@ -30,11 +32,8 @@ def missing_network() -> str:
     """Return why there can be no such hosts here; empty if there can. As root on Debian, iproute2 is installed."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if not shutil.which("ip"):
-        if not shutil.which("apt-get"):
-            return "iproute2 isn't installed"
-        subprocess.run(["apt-get", "update", "-qq"], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "iproute2"], check=True, stdout=subprocess.DEVNULL)
+    if reason := missing_programs(["ip"], ["iproute2"]):
+        return reason
     probe = f"facetrain-probe-{os.getpid()}"
     done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -101,6 +101,8 @@ def outcome(
     is_equal = same_weights(training.run_dir, expected)
     taken = [line for line in training.lines if line.step]
     if not says:
+        restart = re.compile("continues at step|lost rank|started again")
+        assert not any(restart.search(line.text) for line in training.lines if line.at > struck_at), training.said()
         since = max(line.at for line in taken if line.at < struck_at)
         longest_s = max(b.at - a.at for a, b in itertools.pairwise(taken) if a.at >= since)
         return Outcome("nothing", None, longest_s, 0, is_equal, note)

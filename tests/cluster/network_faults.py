@@ -70,17 +70,22 @@ def link_down_for_good(bench: Bench) -> Outcome:
 
 
 def fewer_ranks_from_there(bench: Bench, training: Training) -> Path:
-    """Return a run of one rank, undisturbed, from the checkpoint with which a training went on alone."""
-    name = f"{training.run_dir.name}_expected"
-    (bench.folder / name / "checkpoints").mkdir(parents=True)
+    """Return a run of one rank, undisturbed, from the checkpoint with which a training went on alone.
+
+    Up to there nothing had happened to it, so that the run is that of any other fault at the same step.
+    """
     continued = next(line for line in training.lines if "continues at step" in line.text)
     checkpoint = Path(continued.text.split()[-1])
-    shutil.copytree(checkpoint, bench.folder / name / "checkpoints" / checkpoint.name)
-    shutil.copy(training.run_dir / "config.yaml", bench.folder / name)
-    with Training(bench.settings(name)) as alone:
-        assert alone.wait_until_ended() == [0], alone.said()
-    assert not same_weights(bench.folder / name, bench.undisturbed())  # other sums are rounded otherwise
-    return bench.folder / name
+    name = f"alone_from_{checkpoint.name}"
+    run_dir = bench.folder / name
+    if not (run_dir / "results.json").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.copytree(checkpoint, run_dir / "checkpoints" / checkpoint.name)
+        shutil.copy(training.run_dir / "config.yaml", run_dir)
+        with Training(bench.settings(name)) as alone:
+            assert alone.wait_until_ended() == [0], alone.said()
+        assert not same_weights(run_dir, bench.undisturbed())  # other sums are rounded otherwise
+    return run_dir
 
 
 def rendezvous_host_killed(bench: Bench) -> Outcome:

@@ -31,6 +31,7 @@ def job_killed_while_saving(bench: Bench) -> Outcome:
         for after_step in (STRIKE_AT - 20, STRIKE_AT - 10, STRIKE_AT):
             training.wait_for_step(after_step)
             while not list(checkpoints.glob(".step-*.tmp")):
+                assert training.launcher().poll() is None, f"it ended before it was killed:\n{training.said()}"
                 time.sleep(0.001)
             struck_at = strike(training, lambda: training.kill_node(0))
             half_written += bool(list(checkpoints.glob(".step-*.tmp")))

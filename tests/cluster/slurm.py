@@ -1,7 +1,6 @@
 """A real SLURM on this machine: munge, slurmctld and two slurmd, started here and stopped by their process ids."""
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from cluster.debian import missing_programs
 
 _CONFIG = """\
 ClusterName=facetrain
@@ -120,13 +120,7 @@ def missing_program() -> str:
     """Return why no cluster can be started here; empty if one can. As root on Debian, what is missing is installed."""
     if os.geteuid() != 0:
         return "starting SLURM needs root"
-    if not shutil.which("slurmctld") or not shutil.which("munged"):
-        if not shutil.which("apt-get"):
-            return "slurmctld and munged aren't installed"
-        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "slurm-wlm", "munge"]
-        subprocess.run(["apt-get", "update", "-qq"], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
-    return ""
+    return missing_programs(["slurmctld", "munged"], ["slurm-wlm", "munge"])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster.faults import FAULTS
-from cluster.measure import TIMEOUT_S, Bench, Outcome
+from cluster.measure import SAVE_EVERY, TIMEOUT_S, Bench, Outcome
 from cluster.network_faults import ON_TWO_HOSTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -22,5 +22,6 @@ def test_a_training_comes_through(fault: Callable[[Bench], Outcome], bench: Benc
         pytest.skip(reason)
     seen = fault(bench)
     assert seen.is_equal
+    assert 0 <= seen.steps_lost <= 2 * SAVE_EVERY  # two where the newest checkpoint is damaged
     if seen.detected_s is not None and fault in ON_TWO_HOSTS:
         assert seen.detected_s < TIMEOUT_S + 15  # after the timeout, signs of life are compared, with time for each

@@ -11,6 +11,8 @@ from commands import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
+STEPS = 100
+
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
@@ -29,14 +31,15 @@ def straight(slurm, synthetic, tmp_path_factory) -> Path:
     log = folder / f"facetrain-{job}.log"
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
     of_ranks = [file.read_text() for file in (folder / f"facetrain-{job}").rglob("stderr.log")]
-    assert sum("step    300/300" in text for text in of_ranks) == 1
+    assert sum(f"step {STEPS:6}/{STEPS}" in text for text in of_ranks) == 1
     assert len(of_ranks) == 2
     return folder / "run"
 
 
 def settings_of(synthetic: Path, run_dir: Path, *, save_every_steps: int = 1000) -> list[str | Path]:
     settings: list[str | Path] = ["--run.dir", run_dir, "--data.shards", synthetic / "shards", "--data.image_px", "32"]
-    settings += ["--train.global_pairs", "8", "--train.steps", "300", "--train.save_every_steps", str(save_every_steps)]
+    settings += ["--train.global_pairs", "8", "--train.steps", str(STEPS)]
+    settings += ["--train.save_every_steps", str(save_every_steps)]
     return [*settings, "--train.log_every_steps", "1", "--tracking.backend", "none"]
 
 
@@ -59,10 +62,13 @@ def launch(slurm: Slurm, words: list[str | Path], cwd: Path) -> str:
 
 def wait_for(slurm: Slurm, job: str, log: Path, words: str) -> None:
     """Wait for words in the log of a job that runs, or is about to."""
-    give_up_at = time.monotonic() + 600
+    asked_at, give_up_at = 0.0, time.monotonic() + 600
     while not log.exists() or words not in log.read_text():
-        assert slurm.state(job) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log.read_text()
-        assert time.monotonic() < give_up_at, log.read_text()
+        if time.monotonic() > asked_at + 1:
+            state, asked_at = slurm.state(job), time.monotonic()
+            said = log.read_text() if log.exists() else "no log"
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), said
+            assert time.monotonic() < give_up_at, said
         time.sleep(0.02)
 
 
@@ -83,7 +89,7 @@ def test_the_doctor_looks_at_two_nodes(slurm, synthetic, tmp_path):
 def test_a_job_that_is_warned_goes_on_to_the_same_weights(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir), log)
-    wait_for(slurm, job, log, "step      5/300")
+    wait_for(slurm, job, log, f"step      5/{STEPS}")
     slurm.run("scancel", "--signal=USR1", "--batch", job)
     slurm.start_again(job)
     assert "on request; the same command goes on from there" in log.read_text()
@@ -108,7 +114,7 @@ def test_a_job_that_is_warned_before_it_trains_is_queued_again(slurm, synthetic,
 def test_a_job_that_makes_room_for_another_goes_on_after_it(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir), log)
-    wait_for(slurm, job, log, "step      5/300")
+    wait_for(slurm, job, log, f"step      5/{STEPS}")
     options = ["--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
     urgent = slurm.run("sbatch", "--parsable", *options, "--wrap", "sleep 3")
     assert slurm.wait(urgent, "COMPLETED", "FAILED") == "COMPLETED"
@@ -120,7 +126,7 @@ def test_a_job_that_makes_room_for_another_goes_on_after_it(slurm, synthetic, st
 def test_a_job_that_is_cancelled_saves_and_the_next_goes_on(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir), log)
-    wait_for(slurm, job, log, "step      5/300")
+    wait_for(slurm, job, log, f"step      5/{STEPS}")
     slurm.run("scancel", job)
     slurm.wait(job, "CANCELLED")
     slurm.wait_for_nodes()
@@ -132,7 +138,7 @@ def test_a_job_that_is_cancelled_saves_and_the_next_goes_on(slurm, synthetic, st
 def test_a_job_whose_node_dies_goes_on_when_there_is_another(slurm, synthetic, straight, tmp_path):
     log, run_dir = tmp_path / "job.log", tmp_path / "run"
     job = submit(slurm, settings_of(synthetic, run_dir, save_every_steps=10), log)
-    wait_for(slurm, job, log, "step     15/300")
+    wait_for(slurm, job, log, f"step     15/{STEPS}")
     slurm.kill_node("n2")
     slurm.wait(job, "PENDING")
     slurm.start_node("n2")

@@ -141,7 +141,7 @@ class Training:
         """Return all lines."""
         return "\n".join(f"{line.at:.1f} {line.node}: {line.text}" for line in self.lines)
 
-    def launcher(self, node: int = 0) -> psutil.Process:
+    def launcher(self, node: int = 0) -> psutil.Popen:
         """Return a node's launch script."""
         return self._launchers[node]
 

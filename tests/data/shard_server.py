@@ -1,7 +1,6 @@
 """A folder over real HTTP on loopback, with faults on demand, and a record of what was asked for."""
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,9 @@ from urllib.parse import urlsplit
 class Fault(NamedTuple):
     """What goes wrong with one answer."""
 
-    kind: Literal["status", "hang", "close", "flip", "slow"]
+    kind: Literal["status", "hang", "close", "flip", "slow", "wait"]
     value: int = 0
-    """The status, or the bytes that are sent before."""
+    """The status, or the bytes that are sent before; `wait` sends the rest once `go_on` of the server is set."""
 
 
 class ShardServer(ThreadingHTTPServer):
@@ -32,6 +31,7 @@ class ShardServer(ThreadingHTTPServer):
         self.asked: list[tuple[str, int]] = []
         """Name and first byte of each request."""
         self.authorizations: list[str | None] = []
+        self.go_on = threading.Event()
         self.ending = threading.Event()
 
     @property
@@ -95,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if fault.kind == "hang":
             self.server.ending.wait(20)
-        elif fault.kind == "slow":
-            time.sleep(1)
+        elif fault.kind in ("slow", "wait"):
+            self.server.go_on.wait(1 if fault.kind == "slow" else 60)
             self.wfile.write(rest[fault.value :])
 
     def log_message(self, *args: object) -> None:

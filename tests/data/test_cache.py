@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,9 +51,16 @@ def config_of(url: str, cache_dir: Path, **changes: object) -> DataConfig:
     return DataConfig(shards=url, cache_dir=str(cache_dir), fetch_attempts=1, **changes)  # type: ignore[arg-type]
 
 
-def cache_of(server: ShardServer, folder: Path, max_bytes: int | None = None) -> ShardCache:
-    remote = RemoteFolder(url=server.url, timeout_s=0.4, attempts=3, pause_s=0.01)
+def cache_of(server: ShardServer, folder: Path, max_bytes: int | None = None, timeout_s: float = 20) -> ShardCache:
+    remote = RemoteFolder(url=server.url, timeout_s=timeout_s, attempts=3, pause_s=0.01)
     return ShardCache(folder, max_bytes, remote)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
 
 
 def shard_infos(packed: Path) -> tuple:
@@ -111,14 +118,13 @@ def test_who_waits_goes_on_where_a_killed_process_was(packed: Path, server: Shar
     first = FORK.Process(target=cache.open, args=(info,))
     first.start()
     part = tmp_path / f"{info.sha256}-{info.size_bytes}.part"
-    while not (part.exists() and part.stat().st_size == 10_000):
-        time.sleep(0.01)
+    wait_until(lambda: part.exists() and part.stat().st_size == 10_000)
     second = FORK.Process(target=cache.open, args=(info,))
     second.start()
     time.sleep(0.1)
     assert server.asked == [(info.name, 0)]
     os.kill(first.pid, signal.SIGKILL)  # type: ignore[arg-type]
-    second.join(timeout=10)
+    second.join(timeout=60)
     assert second.exitcode == 0
     first.join()
     assert server.asked == [(info.name, 0), (info.name, 10_000)]
@@ -137,7 +143,7 @@ def test_who_waits_has_a_shard_that_another_goes_on_using(packed: Path, server: 
             process.start()
         fd = opening.result()
     for process in waiting:
-        process.join(timeout=10)
+        process.join(timeout=60)
         assert process.exitcode == 0
     os.close(fd)
     assert server.names() == [info.name]
@@ -168,7 +174,8 @@ def test_files_of_others_are_never_evicted(packed: Path, server: ShardServer, tm
 
 def test_the_longest_unused_shard_makes_room_and_none_in_use(packed: Path, server: ShardServer, tmp_path: Path) -> None:
     a, b, c, d = shard_infos(packed)[:4]
-    cache = cache_of(server, tmp_path, max_bytes=a.size_bytes + b.size_bytes + c.size_bytes)
+    max_bytes = a.size_bytes + b.size_bytes + c.size_bytes
+    cache = cache_of(server, tmp_path, max_bytes, timeout_s=1)  # for which it waits until one is out of use
     in_use = cache.open(a)
     for shard in (b, c):
         os.close(cache.open(shard))
@@ -333,14 +340,14 @@ def test_a_disk_that_is_too_small_is_named_before_the_download(
 def test_a_disk_that_fills_up_is_named(packed: Path, server: ShardServer, small_disk: Path) -> None:
     info = shard_infos(packed)[0]
     cache = cache_of(server, small_disk)
-    server.faults[info.name] = [Fault("slow", 10_000)]
+    server.faults[info.name] = [Fault("wait", 10_000)]
     opening = FORK.Process(target=cache.open, args=(info,))
     opening.start()
-    while not list(small_disk.glob("*.part")):
-        time.sleep(0.01)
+    wait_until(lambda: [part.stat().st_size for part in small_disk.glob("*.part")] == [10_000])
     free = shutil.disk_usage(small_disk).free
     (small_disk / "other").write_bytes(bytes(free - 16_384))  # the room that was found is gone
-    opening.join()
+    server.go_on.set()
+    opening.join(timeout=60)
     assert opening.exitcode == 1
     with pytest.raises(ValueError, match=rf"{info.name}: can't be written to data\.cache_dir: No space left on device"):
         cache.open(info)

@@ -10,8 +10,6 @@ from facetrain.losses.logit_tiles import one_vs_all, sum_of_rows
 from facetrain.losses.npair import NPairLoss
 from facetrain.world import World
 
-torch.manual_seed(0)
-
 
 def rows(anchors, positives, labels=None):
     labels = torch.arange(len(anchors)) if labels is None else labels

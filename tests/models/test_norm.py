@@ -1,13 +1,9 @@
 """Batch statistics over all ranks against one process that holds the whole batch."""
 
-import os
-import socket
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from distributed.ranks import run_ranks
 from torch import nn
 
 from facetrain.models import CasiaNet, convert_sync_batchnorm
@@ -72,28 +68,9 @@ def _assert_near(actual, expected, case):
     assert error < 1e-10, f"{case}: {error:.1e}"
 
 
-def _compare_on_ranks(rank, ports):
-    torch.set_num_threads(1)
-    for world_size, port in ports.items():
-        if rank < world_size:
-            store = f"tcp://127.0.0.1:{port}"
-            dist.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-            )
-            _compare(World(rank=rank, local_rank=rank, world_size=world_size))
-            dist.destroy_process_group()
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.timeout(120)
-def test_two_and_four_ranks_equal_one_process_on_the_whole_batch(monkeypatch):
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    mp.spawn(_compare_on_ranks, args=({2: _free_port(), 4: _free_port()},), nprocs=4)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_equal_one_process_on_the_whole_batch(world_size):
+    run_ranks(_compare, world_size)
 
 
 def test_one_rank_keeps_its_layers():

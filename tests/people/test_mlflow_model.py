@@ -7,24 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run as run_command
-from test_train import flags
+from test_train import flags, send_what_is_left
 
 import facetrain
 from facetrain.cli import main
 from facetrain.tracking import sync
 
 mlflow = pytest.importorskip("mlflow")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("model in MLflow")]  # one run is trained for all
 
 
 def train(synthetic: Path, run_dir: Path, **more: object) -> None:
-    """Train two steps, in a process of their own, as part of a sweep."""
+    """Train two steps, in a process of their own, as part of a sweep; MLflow has all of it then."""
     settings = {"mining__mode": "off", "train__steps": 2, "train__save_every_steps": 2, "tracking__backend": "mlflow"}
     settings |= {"data__holdout_identities": 24, "data__workers": 0, "tracking__sweep": "losses", **more}
     store = f"sqlite:///{run_dir.parent}/mlflow.db"
     command = (sys.executable, "-m", "facetrain", "train", *flags(synthetic, run_dir, **settings))
     done = run_command(*command, cwd=run_dir.parent, timeout_s=280, MLFLOW_TRACKING_URI=store)
     assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        send_what_is_left(run_dir, done.stderr)
 
 
 @pytest.fixture(scope="module")
