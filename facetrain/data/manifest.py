@@ -16,6 +16,7 @@ FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 ALIGNED_PX = 112
 """Side of an aligned face, in pixels."""
+_COUNTS = ("identities", "images", "single_image_identities", "rejected_images", "dropped_identities")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,7 @@ class Manifest:
             found = content["format"]
             if found == FORMAT:
                 shards = tuple(_shard(shard) for shard in content.pop("shards"))
+                _check_counts(content, _COUNTS, "the manifest")
                 return cls(settings=PackSettings(**content.pop("settings")), shards=shards, **content)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{name}: expected a manifest of facetrain shards, can't be read: {error}") from None
@@ -165,11 +167,15 @@ def _shard(content: dict[str, Any]) -> ShardInfo:
         raise ValueError(f"expected a shard's name to be that of a file, got {shard.name!r}")
     if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
         raise ValueError(f"expected the sha256 of {shard.name} to be 64 hexadecimal digits, got {shard.sha256!r}")
-    for name in ("size_bytes", "images", "identities"):
-        value = getattr(shard, name)
-        if type(value) is not int or value < 0:
-            raise ValueError(f"expected {name} of {shard.name} to be a number from 0 on, got {value!r}")
+    _check_counts(content, ("size_bytes", "images", "identities"), shard.name)
     return shard
+
+
+def _check_counts(content: dict[str, Any], names: Iterable[str], owner: str) -> None:
+    for name in names:
+        value = content[name]
+        if type(value) is not int or value < 0:
+            raise ValueError(f"expected {name} of {owner} to be a number from 0 on, got {value!r}")
 
 
 def combined_sha256(paths: Iterable[Path]) -> str:
