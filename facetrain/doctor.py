@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from facetrain.data.shards import open_shards
 from facetrain.estimate.collectives import Collective, step_collectives
 from facetrain.estimate.network import measure_network
 from facetrain.lock import hold_folder
-from facetrain.world import World, start_world
+from facetrain.world import World, mixed_devices, start_world
 
 _MAX_SKEW_S = 1.0
 """Clocks further apart make the logs of several hosts misleading."""
@@ -63,14 +63,9 @@ def examine(config: Config, *, reads_shards: bool) -> None:
     """
     findings = []
     with ExitStack() as stack:
-        try:
-            world = stack.enter_context(start_world(config.run.device, min(config.run.timeout_s, _CONNECT_WITHIN_S)))
-        except RuntimeError as error:
-            raise ValueError(
-                f"the ranks can't reach each other ({' '.join(str(error).split())[:300]}); {socket.gethostname()} uses"
-                f" {' '.join(used_interface())}: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between"
-                " the hosts, and let the firewall pass what comes from them"
-            ) from None
+        with _advice_on_interfaces():
+            timeout_s = min(config.run.timeout_s, _CONNECT_WITHIN_S)
+            world = stack.enter_context(start_world(config.run.device, timeout_s, refuse_mixed=False))
         for finding in _findings(config, world, reads_shards=reads_shards):
             findings.append(finding)
             say(f"{'FAIL' if finding.advice else 'ok  '}  {finding.name:14} {finding.text}")
@@ -79,6 +74,19 @@ def examine(config: Config, *, reads_shards: bool) -> None:
     num_bad = sum(bool(finding.advice) for finding in findings)
     if num_bad:
         raise ValueError(f"{num_bad} of {len(findings)} checks failed; below each FAIL stands what to do")
+
+
+@contextmanager
+def _advice_on_interfaces() -> Iterator[None]:
+    """Say what to do where ranks meet for the first time and can't reach each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(
+            f"the ranks can't reach each other ({' '.join(str(error).split())[:300]}); {socket.gethostname()} uses"
+            f" {' '.join(used_interface())}: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between"
+            " the hosts, and let the firewall pass what comes from them"
+        ) from None
 
 
 def used_interface() -> tuple[str, str]:
@@ -96,9 +104,14 @@ def used_interface() -> tuple[str, str]:
 
 def _findings(config: Config, world: World, *, reads_shards: bool) -> Iterator[Finding]:
     hosts = world.all_gather_object(socket.gethostname())
-    yield _ranks(world, hosts)
+    ranks = _ranks(world, hosts)
+    yield ranks
     yield _software(world, hosts)
     yield _interfaces(world, hosts)
+    if ranks.advice:  # they can exchange nothing on their devices
+        return
+    if world.world_size > 1:
+        _exchange_first(world)
     yield _clocks(world, hosts)
     yield from _run_folder(world, hosts, Path(config.run.dir))
     if reads_shards:
@@ -114,7 +127,9 @@ def _ranks(world: World, hosts: Sequence[str]) -> Finding:
     for rank, host in enumerate(hosts):
         ranks_of[host].append(rank)
     where = [f"{host}: ranks {ranks[0]}-{ranks[-1]} on {devices[ranks[0]]}" for host, ranks in ranks_of.items()]
-    return Finding("ranks", f"{world.world_size} on {len(where)} hosts; {'; '.join(where)}")
+    mixed = mixed_devices([(host, device.split()[0]) for host, device in zip(hosts, devices, strict=True)])
+    advice = f"{mixed}: mend the driver there (nvidia-smi), or give --run.device cpu for all" if mixed else ""
+    return Finding("ranks", f"{world.world_size} on {len(where)} hosts; {'; '.join(where)}", advice)
 
 
 def _software(world: World, hosts: Sequence[str]) -> Finding:
@@ -130,6 +145,17 @@ def _interfaces(world: World, hosts: Sequence[str]) -> Finding:
     text = "; ".join(dict.fromkeys(f"{host}: {' '.join(u)}" for host, u in zip(hosts, used, strict=True)))
     advice = "127.* reaches nobody else: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or mend /etc/hosts there"
     return Finding("interface", text, advice if alone else "")
+
+
+def _exchange_first(world: World) -> None:
+    """Let the devices meet: NCCL connects here, and where it can't, its watchdog may end the process without a word."""
+    backend = "NCCL" if world.device.type == "cuda" else "GLOO"
+    say(
+        f"{'':20} a first exchange by {backend}; if nothing follows within {world.timeout_s:g} s, set"
+        f" {backend}_SOCKET_IFNAME to the interface between the hosts"
+    )
+    with _advice_on_interfaces():
+        world.all_reduce_sum_(torch.zeros(1, device=world.device)).tolist()  # over all ranks; waits for the device
 
 
 def _clocks(world: World, hosts: Sequence[str]) -> Finding:

@@ -1,6 +1,7 @@
 """The run folder: whether it is new, to be continued, or finished; and the log inside it."""
 
 import logging
+import os
 import socket
 import time
 import uuid
@@ -59,8 +60,11 @@ FREE_KEYS = (
 )
 
 
-_SEEN_WITHIN_S = 10.0
-"""Seconds that other hosts may take to see a new file; network file systems keep lists of names for a while."""
+_SEEN_WITHIN_S = 90.0
+"""Seconds that other hosts may take to see a new file: NFS takes a folder that was looked up before it existed for
+missing for up to 60 s."""
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "FACETRAIN_RESTART_COUNT")
+"""Environment variables of torchrun, SLURM and launch/torchrun.sh: how often each has started this job again."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,18 @@ class RunFolder:
     """Whether the run has its results already."""
 
 
-def open_run_folder(config: Config) -> RunFolder:
+def is_restart() -> bool:
+    """Return whether a launcher has started this process in place of one that was lost, as it says by a variable."""
+    return any(os.environ.get(name, "") not in ("", "0") for name in _RESTART_COUNTS)
+
+
+def open_run_folder(config: Config, *, restarted: bool | None = None) -> RunFolder:
     """Decide what `run.resume` means for the folder as it is; nothing is written.
+
+    Args:
+        config: Names the folder.
+        restarted: Whether the job was started again by its launcher, and goes on whatever `run.resume` says of the
+            first start; None: as this process's environment says.
 
     Raises:
         ValueError: The folder holds a run of another config (the keys are named), a run where a fresh folder was
@@ -97,7 +111,7 @@ def open_run_folder(config: Config) -> RunFolder:
         if config.run.resume == "must":
             raise ValueError(f"run.resume: 'must' continues a run, but {path} holds none")
         return RunFolder(path=path, resume_from=None, damaged={}, is_finished=False)
-    if config.run.resume == "never":
+    if config.run.resume == "never" and not (is_restart() if restarted is None else restarted):
         raise ValueError(f"run.dir: {path} holds a run already, expected a fresh folder with run.resume=never")
     differing = differing_keys(load_config(stored), config, ignore=FREE_KEYS)
     if differing:
@@ -117,16 +131,18 @@ def claim_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
     Raises:
         ValueError: As `open_run_folder`, another job holds the folder, or a host sees another one; on every rank.
     """
+    # Over all ranks: torchrun counts a restart on the machine that failed, which needn't be that of rank 0.
+    restarted = any(world.all_gather_object(is_restart()))
     with ExitStack() as held:
 
         def claim() -> RunFolder:
             path = Path(config.run.dir)
             if not path.is_dir():
-                open_run_folder(config)  # before anything is made
+                open_run_folder(config, restarted=restarted)  # before anything is made
                 path.mkdir(parents=True)
             if not _is_finished(path):
                 held.enter_context(hold_folder(path, name=f"run.dir: {path}"))
-            folder = open_run_folder(config)
+            folder = open_run_folder(config, restarted=restarted)
             if not folder.is_finished:
                 (path / "logs").mkdir(exist_ok=True)
                 save_config(config, path)
@@ -152,7 +168,8 @@ def _check_all_see(path: Path, world: World) -> None:
     give_up_at = time.monotonic() + _SEEN_WITHIN_S
     while not probe.exists() and time.monotonic() < give_up_at:
         time.sleep(0.1)
-    hosts = world.all_gather_object((socket.gethostname(), probe.exists()))
+    with world.waiting_up_to(_SEEN_WITHIN_S + world.timeout_s):  # for those who see it late
+        hosts = world.all_gather_object((socket.gethostname(), probe.exists()))
     world.on_main(probe.unlink)
     blind = sorted({host for host, sees in hosts if not sees})
     if blind:

@@ -182,9 +182,11 @@ class Run:
                     if profile is not None:
                         profile.clock.mark("logging")
                     waited_s, logged_at, logged_step = 0.0, time.perf_counter(), state.step
+                evaluates = self._due(config.eval.every_steps) and state.step < config.train.steps
+                if evaluates or self._due(config.train.save_every_steps):
+                    self._stop_if_not_finite()  # waits for the device: what it still trains is no pause
                 paused_at = time.perf_counter()
-                if self._due(config.eval.every_steps) and state.step < config.train.steps:
-                    self._stop_if_not_finite()
+                if evaluates:
                     self._log_judgement(self.judge.judge(self.engine.backbone, self.world))
                 if self._due(config.train.save_every_steps) or state.best_step == state.step:
                     self._save()

@@ -67,18 +67,29 @@ install_into_venv() {
     fi
 }
 
-# Puts an environment first on the PATH: the given one, else FACETRAIN_VENV, the active one, or .venv.
+# Puts an environment first on the PATH: the given one, else FACETRAIN_VENV, the active one, or .venv. A .venv with
+# facetrain in it goes before conda's, whose base is active everywhere on many clusters.
 use_environment() {
-    local venv="${1:-${FACETRAIN_VENV:-${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}}}"
+    local fallback="${CONDA_PREFIX:-$root/.venv}"
+    ! has_facetrain "$root/.venv" || fallback="$root/.venv"
+    local venv="${1:-${FACETRAIN_VENV:-${VIRTUAL_ENV:-$fallback}}}"
     [[ ! -d "$venv/bin" ]] || export PATH="$venv/bin:$PATH"
-    python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("facetrain") is None)' 2>/dev/null ||
-        fail "facetrain isn't installed in $venv; bash launch/quickstart.sh makes .venv, FACETRAIN_VENV names another"
+    # -P leaves the current folder out, where a checkout would be found; Python before 3.11 doesn't know it, and fails.
+    python3 -P -c 'import importlib.util, sys
+sys.exit(not all(map(importlib.util.find_spec, ("facetrain", "torch"))))' 2>/dev/null ||
+        fail "facetrain isn't installed in $venv, with torch and Python 3.11 or later; bash launch/quickstart.sh makes\
+ .venv, FACETRAIN_VENV names another"
     # With more threads, the processes of a machine take each other's cores.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     # Processes on CPUs keep to a share of the cores each; 0 leaves it to the system, as where two runs share a machine.
     export FACETRAIN_SHARE_CORES="${FACETRAIN_SHARE_CORES:-1}"
     # Otherwise a restart over gloo gets stale addresses from the agent's store, and fails.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+}
+
+# Says whether an environment was finished by make_environment, or got the package from pip.
+has_facetrain() {
+    [[ -n "$(compgen -G "$1/installed-*")$(compgen -G "$1/lib/python3*/site-packages/facetrain-*.dist-info")" ]]
 }
 
 # Checks the config and what it reads once, before any process starts, for each number of processes that is possible:

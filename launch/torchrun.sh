@@ -59,25 +59,48 @@ start+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id facetrain --rdzv-endpoin
 start+=(--rdzv-conf "is_host=$((node == 0)),join_timeout=${wait_s%.*}")
 find_interface "$MASTER_ADDR"
 [[ -z "$address" ]] || start+=(--local-addr "$address")
-echo "facetrain: machine $node of $nodes meets the others at $MASTER_ADDR:$port within ${wait_s%.*} s: $processes" \
-    "processes of $OMP_NUM_THREADS threads, interface ${GLOO_SOCKET_IFNAME:-of the host name}, $restarts restarts" >&2
-
 # torchrun starts its processes again by itself. When it is lost itself, by the machine where all meet or the way to it,
 # it is started again here; it leaves a word in this file then, or is killed.
 lost="$(mktemp)"
 trap 'rm -f "$lost"' EXIT
-trap 'restarts=0; kill -TERM "$agent" 2>/dev/null || true' TERM INT
+stopped=""
+agent=""
+stop() {
+    stopped=1
+    [[ -z "$agent" ]] || kill "-$1" "$agent" 2>/dev/null || true
+}
+trap 'stop TERM' TERM INT # bash starts torchrun with SIGINT ignored, as long as that takes none itself
+trap 'stop HUP' HUP
+
+# Machine 0 checks the config before anything listens there, which may take longer than the minute of torchrun's own.
+wait_for_machine_0() {
+    local give_up_at=$((SECONDS + ${wait_s%.*}))
+    until timeout 5 bash -c ': >"/dev/tcp/$0/$1"' "$MASTER_ADDR" "$port" 2>/dev/null; do
+        [[ -z "$stopped" ]] || return 0
+        [[ "$SECONDS" -lt "$give_up_at" ]] ||
+            fail "MASTER_ADDR: nothing listens at $MASTER_ADDR:$port after ${wait_s%.*} s (run.rendezvous_timeout_s)"
+        sleep 1 || true
+    done
+}
+
+echo "facetrain: machine $node of $nodes meets the others at $MASTER_ADDR:$port within ${wait_s%.*} s: $processes" \
+    "processes of $OMP_NUM_THREADS threads, interface ${GLOO_SOCKET_IFNAME:-of the host name}, $restarts restarts" >&2
 while true; do
+    [[ "$node" == 0 ]] || wait_for_machine_0
+    [[ -z "$stopped" ]] || exit 143 # by a signal while nothing was started
     TORCHELASTIC_ERROR_FILE="$lost" "${start[@]}" -m "${program[@]}" "$@" &
     agent=$!
+    [[ -z "$stopped" ]] || stop TERM # it came before torchrun was known
     code=0
     wait "$agent" || code=$?
     while kill -0 "$agent" 2>/dev/null; do # a signal ended the wait, not torchrun
         code=0
         wait "$agent" || code=$?
     done
-    [[ "$code" != 0 && "$restarts" -gt 0 ]] && [[ -s "$lost" || "$code" -gt 128 ]] || exit "$code"
+    agent=""
+    [[ "$code" != 0 && -z "$stopped" && "$restarts" -gt 0 ]] && [[ -s "$lost" || "$code" -gt 128 ]] || exit "$code"
     restarts=$((restarts - 1))
+    export FACETRAIN_RESTART_COUNT=$((${FACETRAIN_RESTART_COUNT:-0} + 1)) # run.resume=never is for the first start
     : >"$lost"
     echo "facetrain: torchrun lost the other machines; started again, $restarts restarts left" >&2
 done

@@ -1,5 +1,13 @@
 """The scripts in launch/, as a user starts them."""
 
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -64,8 +72,8 @@ def test_torchrun_checks_every_number_of_machines_that_there_may_be(tmp_path: Pa
 
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
-    *torch.distributed.run*) echo started >>"$STARTS"; eval "$TORCHRUN" ;;
-    *--show*) echo 600.0 ;;
+    *torch.distributed.run*) echo "${FACETRAIN_RESTART_COUNT:-0}" >>"$STARTS"; eval "$TORCHRUN" ;;
+    *--show*) echo "$WAIT_S" ;;
 esac
 """
 
@@ -85,14 +93,66 @@ def test_torchrun_is_started_again_where_it_was_lost_itself(
     torchrun: str, starts: int, code: int, tmp_path: Path
 ) -> None:
     """With a stand-in for torchrun that ends as it may."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python3").write_text(STAND_IN)
-    (tmp_path / "bin" / "python3").chmod(0o755)
-    env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "RESTARTS": "2", "TORCHRUN": torchrun}
-    env |= {"FACETRAIN_VENV": str(tmp_path), "STARTS": str(tmp_path / "starts")}
-    done = launch("torchrun.sh", "--", "--config", CONFIG, cwd=tmp_path, **env)
+    env = stand_in(tmp_path, torchrun)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        done = launch("torchrun.sh", "--", "--config", CONFIG, cwd=tmp_path, **env, MASTER_PORT=port)
     assert done.returncode == code, done.stderr
-    assert (tmp_path / "starts").read_text().count("started") == starts
+    restarts = (tmp_path / "starts").read_text().split()
+    assert restarts == ["0", "1", "2"][:starts]
+
+
+def stand_in(folder: Path, torchrun: str, wait_s: float = 600.0) -> dict[str, str]:
+    """Put a stand-in for Python first on the PATH, and return the variables of machine 1 of two."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").write_text(STAND_IN)
+    (folder / "bin" / "python3").chmod(0o755)
+    env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "RESTARTS": "2", "TORCHRUN": torchrun}
+    return env | {"FACETRAIN_VENV": str(folder), "STARTS": str(folder / "starts"), "WAIT_S": str(wait_s)}
+
+
+def test_torchrun_starts_on_another_machine_once_machine_0_listens(tmp_path: Path) -> None:
+    env = stand_in(tmp_path, "true")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        threading.Timer(3.0, listener.listen).start()
+        began_at, port = time.monotonic(), str(listener.getsockname()[1])
+        done = launch("torchrun.sh", "--", "--config", CONFIG, cwd=tmp_path, **env, MASTER_PORT=port)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began_at > 3
+    assert (tmp_path / "starts").exists()
+
+
+def test_torchrun_says_where_machine_0_was_waited_for_in_vain(tmp_path: Path) -> None:
+    env = stand_in(tmp_path, "true", wait_s=2.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{silent.getsockname()[1]}"
+        done = launch("torchrun.sh", "--", "--config", CONFIG, cwd=tmp_path, **env, MASTER_PORT=place.split(":")[1])
+    assert done.returncode == 2, done.stderr
+    assert f"facetrain: error: MASTER_ADDR: nothing listens at {place} after 2 s" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "starts").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_wait_for_machine_0(number: signal.Signals, tmp_path: Path) -> None:
+    env = stand_in(tmp_path, "true")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        env |= {"MASTER_PORT": str(silent.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        command = ["bash", str(ROOT / "launch" / "torchrun.sh"), "--", "--config", str(CONFIG)]
+        heard = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)}
+        try:  # what a test runner in the background ignores, its children would ignore too
+            script = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env}, stderr=subprocess.PIPE)
+        finally:
+            for each, handler in heard.items():
+                signal.signal(each, handler)
+        with script:
+            assert script.stderr is not None
+            assert b"meets the others" in script.stderr.readline()
+            script.send_signal(number)
+            assert script.wait(30) == 143
+    assert not (tmp_path / "starts").exists()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +231,43 @@ def test_an_environment_without_the_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "bin" / "python3").symlink_to("/usr/bin/false")
     done = launch("torchrun.sh", *words, cwd=tmp_path, FACETRAIN_VENV=str(tmp_path))
     assert_user_error(done, "facetrain isn't installed", str(tmp_path))
+
+
+def test_the_current_folder_does_not_pass_for_an_installation(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    venv.create(bare, symlinks=True)
+    done = launch("sweep.sh", *SWEEP, cwd=ROOT, FACETRAIN_VENV=str(bare), PYTHONPATH="")
+    assert_user_error(done, "facetrain isn't installed", str(bare), "torch")
+
+
+SWEEP = ("--config", "nowhere.yaml", "--losses", "npair-mc", "--pairs", "8", "--name", "x")
+
+
+@pytest.mark.parametrize(
+    ("installed", "env", "taken"),
+    [
+        ([".venv/installed-package"], {"CONDA_PREFIX": "conda"}, ".venv"),
+        ([".venv/lib/python3.12/site-packages/facetrain-0.1.0.dist-info"], {"CONDA_PREFIX": "conda"}, ".venv"),
+        ([], {"CONDA_PREFIX": "conda"}, "conda"),
+        ([".venv/installed-dev"], {"CONDA_PREFIX": "conda", "VIRTUAL_ENV": "active"}, "active"),
+        ([".venv/installed-dev"], {"VIRTUAL_ENV": "active", "FACETRAIN_VENV": "own"}, "own"),
+        ([], {}, ".venv"),
+    ],
+)
+def test_the_environment_that_is_taken(installed: list[str], env: dict[str, str], taken: str, tmp_path: Path) -> None:
+    """In a checkout whose environments are empty, so that the error names the one that was looked into."""
+    (tmp_path / "launch").mkdir()
+    for script in ("environment.sh", "sweep.sh"):
+        shutil.copy(ROOT / "launch" / script, tmp_path / "launch")
+    for file in installed:
+        (tmp_path / file).mkdir(parents=True)
+    env = {key: str(tmp_path / value) for key, value in env.items()}
+    for folder in (".venv", "conda", "active", "own"):
+        (tmp_path / folder / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "bin" / "python3").symlink_to("/usr/bin/false")
+    unset = {"FACETRAIN_VENV": "", "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
+    done = run("bash", tmp_path / "launch" / "sweep.sh", *SWEEP, cwd=tmp_path, **{**unset, **env})
+    assert_user_error(done, f"facetrain isn't installed in {tmp_path / taken},")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from distributed.ranks import RankError, run_ranks
 
 from facetrain import run_folder
 from facetrain.config import Config, RunConfig
-from facetrain.run_folder import claim_run_folder
+from facetrain.run_folder import claim_run_folder, open_run_folder
 from facetrain.world import World
 
 
@@ -30,6 +30,51 @@ def test_a_folder_that_another_host_does_not_see_is_refused_by_all_ranks(tmp_pat
     with pytest.raises(RankError, match=said):
         run_ranks(claim_own_folder, 2, tmp_path)
     assert [path.name for path in (tmp_path / "0" / "run" / "logs").iterdir()] == []
+
+
+def claim_twice(world: World, folder: Path, restarts: list[str]) -> None:
+    """Claim a folder that doesn't exist, and again with each rank's own count of restarts."""
+    config = Config(run=RunConfig(dir=str(folder / "run"), resume="never"))
+    with claim_run_folder(config, world):
+        pass
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = restarts[world.rank]
+    with claim_run_folder(config, world):
+        pass
+
+
+def test_a_restart_goes_on_with_the_folder_that_had_to_be_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    run_ranks(claim_twice, 2, tmp_path / "a", ["0", "1"])
+    with pytest.raises(RankError, match=r"holds a run already, expected a fresh folder with run\.resume=never"):
+        run_ranks(claim_twice, 2, tmp_path / "b", ["0", "0"])
+    config = Config(run=RunConfig(dir=str(tmp_path / "a" / "run"), resume="never"))
+    with pytest.raises(ValueError, match="holds a run already"):
+        open_run_folder(config)
+    for variable in ("SLURM_RESTART_COUNT", "FACETRAIN_RESTART_COUNT"):
+        monkeypatch.setenv(variable, "1")
+        assert open_run_folder(config).resume_from is None
+        monkeypatch.delenv(variable)
+
+
+def claim_what_another_host_sees_late(world: World, folder: Path) -> None:
+    """Let rank 1 see the folder two seconds after a collective of rank 0 would have failed."""
+    run_folder._SEEN_WITHIN_S = 6.0
+    world = replace(world, timeout_s=2.0)
+    world.limit_waiting()
+    seen_at = time.monotonic() + 4.0
+    if world.rank == 1:
+        exists = Path.exists
+        Path.exists = lambda path: exists(path) and (".seen" not in path.name or time.monotonic() > seen_at)
+    with claim_run_folder(Config(run=RunConfig(dir=str(folder / "run"))), world):
+        pass
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_host_sees_late_is_waited_for(tmp_path: Path) -> None:
+    run_ranks(claim_what_another_host_sees_late, 2, tmp_path)
 
 
 def claim_what_takes_long_to_verify(world: World, folder: Path, checkpoint_timeout_s: float) -> None:

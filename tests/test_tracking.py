@@ -5,6 +5,7 @@ import sys
 import threading
 
 import pytest
+from distributed.ranks import run_ranks
 from mlflow_server import free_port, mlflow_server, wait_until
 from proxy import TcpProxy
 
@@ -289,8 +290,23 @@ def test_packages_that_are_not_installed_under_their_usual_names_have_no_version
     assert [tag for tag in environment.environment_tags() if tag.startswith("version.")] == ["version.torch"]
 
 
-def test_other_ranks_are_silent(tmp_path):
-    tracker = Tracker(TrackingConfig(), tmp_path, World(rank=1, world_size=2), parameters={"a": 1})
-    tracker.metrics(1, {"train/loss": 1.0})
+def track(world, folder):
+    tracker = Tracker(TrackingConfig(backend="none"), folder, world, parameters={"a": 1})
+    tracker.metrics(1, {"train/loss": 1.0 + world.rank})
     tracker.finish()
-    assert not list(tmp_path.iterdir())
+
+
+def test_other_ranks_are_silent(tmp_path):
+    run_ranks(track, 2, tmp_path)
+    assert [row["train/loss"] for row in rows(tmp_path)] == [1.0]
+
+
+def fail_to_track(world, folder):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: expected a line of figures"):
+        track(world, folder)
+    return True
+
+
+def test_a_damaged_line_of_figures_ends_all_ranks(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("cut\n")
+    assert run_ranks(fail_to_track, 2, tmp_path, timeout_s=60.0) == [True, True]

@@ -48,7 +48,11 @@ def publish(aside: Path, final: Path, sums: Mapping[str, str]) -> None:
 
 
 def damage_of(folder: Path) -> str:
-    """Return what is wrong with a checkpoint, empty if it is whole; reads every byte."""
+    """Return what is wrong with a checkpoint, empty if it is whole; reads every byte.
+
+    Raises:
+        OSError: It can't be read, as where a file server fails: that says nothing about what is on its disk.
+    """
     try:
         text = (folder / SUMS_FILE).read_bytes().decode(errors="replace")
         if not text.endswith("\n"):
@@ -59,8 +63,13 @@ def damage_of(folder: Path) -> str:
         for name, digest in sums.items():
             if _sum(folder / name) != digest:
                 return f"{name} isn't what was saved"
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except OSError as error:
+        raise OSError(
+            f"{error.filename or folder}: can't be read ({error.strerror}), so that nobody knows whether the checkpoint"
+            f" is whole; start again when it can, or move {folder.name} away to go on from the one before"
+        ) from None
     return ""
 
 

@@ -13,7 +13,8 @@ class RunConfig:
     dir: str = "runs/facetrain"
     """The run folder: config, metrics, weights, checkpoints, figures."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue an unfinished run of the same config; never: refuse a folder in use; must: refuse a fresh one."""
+    """auto: continue an unfinished run of the same config; never: refuse a folder in use; must: refuse a fresh one.
+    Where torchrun, launch/torchrun.sh or SLURM starts the same job again, never is auto."""
     seed: int = 0
     """Seed of weights, plan, augmentation, mining and random losses; 0 to 2^32 - 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

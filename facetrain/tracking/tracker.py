@@ -40,19 +40,23 @@ class Tracker:
     """Where a run's figures go. Every rank may call it; rank 0 alone writes."""
 
     def __init__(self, config: TrackingConfig, run_dir: Path, world: World, *, parameters: Mapping[str, Any]) -> None:
-        """Open the run, or continue the one that the run folder knows.
+        """Open the run, or continue the one that the run folder knows; every rank must do so.
 
         Args:
             config: The section `tracking`.
             run_dir: The run folder, which exists; metrics.jsonl, and in logs/ what MLflow still lacks, are kept in it.
             world: Rank 0 writes.
             parameters: The resolved config, recorded when MLflow's run is made; secrets in it are masked.
+
+        Raises:
+            ValueError: A line of metrics.jsonl is damaged; on every rank.
         """
         self.is_main = world.is_main
         self._metrics_file = run_dir / METRICS_FILE
         self._unwritten = ""
         # After an interruption some steps run again, with the same figures: what is logged stays logged once.
-        self._logged = _logged_keys(self._metrics_file) if world.is_main else {}
+        self._logged: dict[int, set[str]] = {}
+        world.on_main(self._read_logged)  # over all ranks: where the file is damaged, all end with that
         self._sender: _Sender | None = None
         if world.is_main and config.backend == "mlflow":
             try:
@@ -113,6 +117,9 @@ class Tracker:
             return str(self._metrics_file)
         uri = self._sender.store.uri
         return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else mask_secrets(uri)
+
+    def _read_logged(self) -> None:
+        self._logged = _logged_keys(self._metrics_file)
 
     def _write(self, line: str) -> None:
         """Append to metrics.jsonl; on a full disk keep the line for the next time."""

@@ -111,9 +111,7 @@ class StepProfile:
                 self._trace.start()
         elif step == self.steps.stop and self._trace is not None:
             self._trace.stop()
-            file = self._folder / "trace.json.gz"
-            self._trace.export_chrome_trace(str(file))
-            log.info(f"trace of steps {self.steps.start + self._num_timed} to {step - 1}: {file}")
+            self._write_trace()
             self._trace = None
 
     @property
@@ -138,9 +136,23 @@ class StepProfile:
         )
 
     def _write(self, shares: StepShares) -> None:
-        self._folder.mkdir(exist_ok=True)
+        """On rank 0 alone, which a full disk must not end before the others."""
         record = asdict(shares) | {"mfu": shares.mfu, "world_size": self.world.world_size}
-        (self._folder / "profile.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         table = f"steps {self.steps.start} to {self.steps.start + shares.steps - 1}\n{shares.table()}"
-        (self._folder / "profile.txt").write_text(table + "\n", encoding="utf-8")
         log.info(f"where the time goes, {table}")
+        try:
+            self._folder.mkdir(exist_ok=True)
+            (self._folder / "profile.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (self._folder / "profile.txt").write_text(table + "\n", encoding="utf-8")
+        except OSError as error:
+            log.warning(f"{self._folder}: the profile can't be written ({error})")
+
+    def _write_trace(self) -> None:
+        """Write the trace, on rank 0 alone as well."""
+        file = self._folder / "trace.json.gz"
+        try:
+            self._trace.export_chrome_trace(str(file))
+        except (OSError, RuntimeError) as error:  # torch writes a file aside first, in C++
+            log.warning(f"{file}: the trace can't be written ({error})")
+        else:
+            log.info(f"trace of steps {self.steps.start + self._num_timed} to {self.steps.stop - 1}: {file}")

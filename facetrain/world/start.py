@@ -1,8 +1,10 @@
 """The processes that a launcher started become a world."""
 
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
@@ -33,7 +35,11 @@ def launched_world_size() -> int:
 
 @contextmanager
 def start_world(
-    device: Literal["auto", "cpu", "cuda"], timeout_s: float, rendezvous_timeout_s: float | None = None
+    device: Literal["auto", "cpu", "cuda"],
+    timeout_s: float,
+    rendezvous_timeout_s: float | None = None,
+    *,
+    refuse_mixed: bool = True,
 ) -> Iterator[World]:
     """Join the processes that the launcher started (torchrun, srun torchrun), or be a world of one.
 
@@ -43,9 +49,11 @@ def start_world(
         device: auto is cuda where there is one.
         timeout_s: Seconds after which a collective whose peer is gone fails.
         rendezvous_timeout_s: Seconds to wait here until all processes are there; `timeout_s` if not given.
+        refuse_mixed: Whether ranks on CPUs beside ranks on GPUs are an error; they could only wait for each other.
 
     Raises:
-        ValueError: device is cuda and there is none, or there are more processes than devices.
+        ValueError: device is cuda and there is none, there are more processes than devices, or ranks have devices of
+            different kinds.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: 'cuda' was asked for, but torch sees no CUDA device")
@@ -72,11 +80,37 @@ def start_world(
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-    yield World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
+    world = World(rank=rank, local_rank=local_rank, world_size=world_size, device=here, timeout_s=timeout_s)
+    if refuse_mixed:
+        _check_devices(world)
+    yield world
     # Not after an error: peers that wait in a collective would fail at once, and hide what this rank has to say.
     dist.destroy_process_group()
     if world_size > 1:
         time.sleep(_GLOO_LETS_GO_S)
+
+
+def _check_devices(world: World) -> None:
+    """Refuse ranks on CPUs beside ranks on GPUs: they would wait for each other, and nobody would be named."""
+    # Over all ranks, between CPUs, for which every rank has gloo: all end with the same answer.
+    mixed = mixed_devices(world.all_gather_object((socket.gethostname(), world.device.type)))
+    if mixed:
+        raise ValueError(f"run.device: {mixed}; mend the driver there, or give --run.device cpu for all")
+
+
+def mixed_devices(ranks: Sequence[tuple[str, str]]) -> str:
+    """Return which hosts have another kind of device than most, as where a driver is broken; empty if none has.
+
+    Args:
+        ranks: Host and kind of device of each rank.
+    """
+    counts = Counter(kind for _, kind in ranks)
+    usual = max(counts, key=lambda kind: (counts[kind], kind != "cpu"))  # of as many each, the CPUs are the mistake
+    odd = sorted({f"{kind} on {host}" for host, kind in ranks if kind != usual})
+    if not odd:
+        return ""
+    num_usual = len({host for host, kind in ranks if kind == usual})
+    return f"expected one kind of device everywhere, got {', '.join(odd)}; hosts with {usual}: {num_usual}"
 
 
 def _keep_to_own_cores(local_rank: int, local_world_size: int) -> None:

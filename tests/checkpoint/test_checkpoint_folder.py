@@ -1,7 +1,9 @@
 """A checkpoint is whole or doesn't count: killed savers, cut and flipped files, full disks."""
 
+import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -113,6 +115,33 @@ def test_a_file_cut_off_at_any_byte_flipped_missing_or_added_is_found_out(tmp_pa
     (folder / "stray").unlink()
     assert damage_of(folder) == ""
     assert subprocess.run(["sha256sum", "--quiet", "-c", SUMS_FILE], cwd=folder, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_a_file_server_that_fails_makes_no_checkpoint_damaged(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, 1)
+    read = Path.open
+
+    def fail(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+    said = f"model.safetensors: can't be read ({os.strerror(number)})"
+    with pytest.raises(OSError, match=re.escape(said)) as error:
+        newest_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+    assert folder.name in str(error.value)
+
+
+def test_a_folder_in_place_of_a_file_is_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert damage_of(folder) == "model.safetensors: Is a directory"
 
 
 def test_damaged_checkpoints_are_passed_over_by_name_and_their_steps_can_be_saved_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import gc
 import os
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from commands import run
 from distributed.ranks import run_ranks
 
-from facetrain.world import SHARE_CORES_VARIABLE, GatherInFlight, World
+from facetrain.doctor import _ranks
+from facetrain.world import SHARE_CORES_VARIABLE, GatherInFlight, World, mixed_devices
+from facetrain.world.start import _check_devices
 
 
 def collectives(world):
@@ -90,6 +93,34 @@ def test_a_world_of_one_needs_no_process_group():
     assert world.on_main(lambda: 8) == 8
     with pytest.raises(ZeroDivisionError):
         world.on_main(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "named"),
+    [
+        ([("a", "cpu"), ("b", "cpu")], None),
+        ([("a", "cuda"), ("a", "cuda"), ("b", "cuda")], None),
+        ([("a", "cpu"), ("b", "cuda"), ("c", "cuda")], "got cpu on a; hosts with cuda: 2"),
+        ([("a", "cpu"), ("b", "cuda")], "got cpu on a; hosts with cuda: 1"),
+        ([("a", "cpu"), ("b", "cpu"), ("c", "cuda"), ("d", "cpu")], "got cuda on c; hosts with cpu: 3"),
+    ],
+)
+def test_hosts_with_another_kind_of_device_are_named(ranks, named):
+    assert mixed_devices(ranks) == (f"expected one kind of device everywhere, {named}" if named else "")
+
+
+def ranks_of_two_kinds(world):
+    """As where one rank has lost its GPU: the doctor's line, and what `start_world` says."""
+    odd = replace(world, device=torch.device("meta" if world.rank == 2 else "cpu"))
+    with pytest.raises(ValueError, match="expected one kind of device") as error:
+        _check_devices(odd)
+    return _ranks(odd, ["a", "a", "b"]), str(error.value)
+
+
+def test_a_rank_with_another_kind_of_device_fails_on_all_ranks_and_with_the_doctor():
+    for finding, error in run_ranks(ranks_of_two_kinds, 3):
+        assert "got meta on b; hosts with cpu: 1" in finding.advice
+        assert "run.device: expected one kind of device everywhere, got meta on" in error
 
 
 def cores(world):

@@ -17,7 +17,8 @@ from facetrain.train import Run
 from facetrain.watch.flops import matmul_flops_per_s, training_flops_per_image
 from facetrain.watch.health import slow_precision_warning
 from facetrain.watch.phases import PhaseClock
-from facetrain.watch.profile import PHASES
+from facetrain.watch.profile import PHASES, StepProfile, StepShares
+from facetrain.world import World
 
 pytestmark = pytest.mark.xdist_group("profile")  # the runs are made once
 
@@ -80,6 +81,23 @@ def test_the_trace_holds_the_last_steps(runs):
         events = json.load(file)["traceEvents"]
     steps = [event for event in events if event.get("name", "").startswith("Optimizer.step")]
     assert len(steps) == 3
+
+
+def test_a_profile_that_can_not_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profile").touch()  # where its folder would be
+    profile = object.__new__(StepProfile)  # without a network, which it doesn't look at any more
+    profile.config, profile.steps, profile.world = Config(run=RunConfig(dir=str(tmp_path))), range(2, 8), World()
+    seconds = dict.fromkeys(PHASES, 0.1)
+    profile._write(StepShares(3, 1.0, seconds, seconds, 8.0, 1e9, 1e10))
+    profile.clock, profile._num_timed = PhaseClock(torch.device("cpu")), 3
+    profile._trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    profile._trace.start()
+    profile.before(8)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [warning.partition(" (")[0] for warning in warnings] == [
+        f"{tmp_path / 'profile'}: the profile can't be written",
+        f"{tmp_path / 'profile' / 'trace.json.gz'}: the trace can't be written",
+    ]
 
 
 def test_moments_are_taken_only_while_the_clock_is_on() -> None:
