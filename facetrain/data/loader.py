@@ -278,10 +278,10 @@ def _start_worker(worker_id: int) -> None:
     """Prepare a worker process."""
     gc.freeze()  # or the first collection would write to, and so copy, all that was imported before the fork
     cv2.setNumThreads(0)  # its thread pool doesn't survive a fork, and the workers are the parallelism
-    # A cluster that ends a job signals all its processes, but when to stop is for the training process to decide: it
-    # may still take some steps, and the death of a worker would raise in the middle of its last checkpoint.
+    # A cluster or a terminal that ends a job signals all its processes, but when to stop is for the training process to
+    # decide: it may still take some steps, and a worker's death would raise in the middle of its last checkpoint.
     if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP})
         Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 
