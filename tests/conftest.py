@@ -32,7 +32,7 @@ def face_data() -> Path:
     """Folder of real faces and LFW's lists."""
     if "FACETRAIN_DATA" not in os.environ:
         pytest.skip("FACETRAIN_DATA is not set")
-    folder = Path(os.environ["FACETRAIN_DATA"])
+    folder = Path(os.environ["FACETRAIN_DATA"]).absolute()
     assert folder.is_dir(), f"FACETRAIN_DATA: {folder} is no folder"
     return folder
 
