@@ -17,13 +17,15 @@ from facetrain.config import RunConfig
 from facetrain.data.embeddings_parquet import check_parquet, write_embeddings_parquet
 from facetrain.data.images import ImageSet, open_images
 from facetrain.data.manifest import combined_sha256
-from facetrain.evaluation.inputs import NETWORK_ENTRY, unit_vectors
+from facetrain.evaluation.embeddings_npz import NETWORK_ENTRY
+from facetrain.evaluation.inputs import unit_vectors
 from facetrain.lock import hold_folder
 from facetrain.networks import (
     EmbedOptions,
     Network,
     Photographs,
     embed_readable,
+    list_left_out,
     network_sha256,
     open_aligner,
     open_network,
@@ -202,21 +204,6 @@ def _join(parts: Path, images: ImageSet, out: Path, network_sha256: str, *, has_
     listed = f", listed in {not_found}" if missed else ""
     centred = f"; faces not found, centre taken instead: {len(missed):,}{listed}" if has_aligner else ""
     say(f"{out}: {len(names):,} embeddings of {width} numbers{centred}")
-
-
-def list_left_out(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
-    """Write name and reason of each image that can't be used, a line each; no file where all can.
-
-    Raises:
-        ValueError: None can be used.
-    """
-    file.unlink(missing_ok=True)
-    if not why:
-        return
-    write_text(file, "".join(f"{names[image]}\t{why[image]}\n" for image in sorted(why)))
-    if len(why) == len(names):
-        raise ValueError(f"{why[0]}; none of the {len(names):,} images can be used, see {file}")
-    say(f"images left out: {len(why):,} of {len(names):,}, listed with the reason in {file}")
 
 
 def _write_embeddings(

@@ -15,16 +15,8 @@ from facetrain.data.sources import FaceSource, open_faces
 from facetrain.data.verification_bin import read_verification_bin
 from facetrain.evaluation.compare import compare, format_comparison, write_comparison
 from facetrain.evaluation.distractors import Crowd, DistractorScores, Search, check_search, open_crowd, search_crowd
-from facetrain.evaluation.inputs import (
-    ImageKey,
-    PairList,
-    check_people,
-    face_set,
-    image_key,
-    image_name,
-    load_embeddings_npz,
-    unit_vectors,
-)
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
+from facetrain.evaluation.inputs import ImageKey, PairList, check_people, face_set, image_key, image_name, unit_vectors
 from facetrain.evaluation.judge import PICTURE_PX, pictures_of
 from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from facetrain.evaluation.inputs import read_npz
+from facetrain.evaluation.embeddings_npz import read_npz
 from facetrain.search import ApproximateIndex, check_faiss, group_maxima
 from facetrain.whole_file import writing
 

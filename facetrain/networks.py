@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from facetrain.checkpoint.weights import load_backbone, weights_file
+from facetrain.command_line import say
 from facetrain.config import DataConfig
 from facetrain.data.align import FaceAligner, FindPoints, YunetDetector, points_from_file
 from facetrain.data.decode import decode_face, present_face
@@ -19,6 +20,7 @@ from facetrain.data.sources import FaceSource, open_faces
 from facetrain.embed import embed_images, fitting_batch
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
+from facetrain.whole_file import write_text
 from facetrain.world import World
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -230,6 +232,21 @@ def embed_readable(
     for row in np.flatnonzero(~np.isfinite(norms) | (norms == 0)).tolist():
         unreadable.setdefault(images[row], f"{names[row]}: the network embeds it as zero, or not finite")
     return embeddings, unreadable, failed
+
+
+def list_left_out(file: Path, names: Sequence[str], why: dict[int, str]) -> None:
+    """Write name and reason of each image that can't be used, a line each; no file where all can.
+
+    Raises:
+        ValueError: None can be used.
+    """
+    file.unlink(missing_ok=True)
+    if not why:
+        return
+    write_text(file, "".join(f"{names[image]}\t{why[image]}\n" for image in sorted(why)))
+    if len(why) == len(names):
+        raise ValueError(f"{why[0]}; none of the {len(names):,} images can be used, see {file}")
+    say(f"images left out: {len(why):,} of {len(names):,}, listed with the reason in {file}")
 
 
 def _seen_by(network: Network, decode: Decode) -> Callable[[int], NDArray[np.uint8]]:

@@ -11,38 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facetrain.command_line import say
-from facetrain.data.decode import thumbnail
-from facetrain.data.images import open_images
-from facetrain.data.sources import open_faces
-from facetrain.embed_files import list_left_out
-from facetrain.evaluation.inputs import image_key, load_embeddings_npz, network_of_embeddings, unit_vectors
+from facetrain.evaluation.embeddings_npz import network_of_embeddings
 from facetrain.evaluation.threshold import at_far, threshold_from_results, weights_of_results
 from facetrain.gallery import GALLERY_FILE, Gallery, Kind
+from facetrain.gallery_faces import Embedded, Faces, embed_faces, network_of, onnx_input, warn_of_differences
 from facetrain.lock import hold_folder
-from facetrain.networks import EmbedOptions, Photographs, embed_readable, network_sha256, open_aligner, open_network
+from facetrain.networks import EmbedOptions, network_sha256
 from facetrain.search_page import MOST_SHOWN, search_page
 from facetrain.whole_file import write_text
-from facetrain.world import World
 
 LEFT_OUT_FILE = "left_out.txt"
 """Name and reason of each image that couldn't be read, or shows no face."""
-PICTURE_PX = 112
-"""Side of the pictures that a gallery keeps."""
 _SAID = 20
 """Faces of which the terminal shows the people, where a file has all of them."""
 _GALLERY = "gallery"
 """The protocol that takes a threshold from the gallery itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Faces:
-    """Where faces come from: images that a network embeds, or embeddings."""
-
-    checkpoint: Path | None = None
-    """A run folder, .safetensors or .onnx; None takes that of the gallery."""
-    images: tuple[Path, ...] = ()
-    embeddings: Path | None = None
-    """An .npz with `names` and `embeddings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +77,6 @@ class Decision:
         return threshold, f"threshold {threshold:.4f}, of the gallery's own images among other people at FAR {far:g}"
 
 
-@dataclass(frozen=True, eq=False)
-class _Embedded:
-    """The faces that could be read."""
-
-    names: tuple[str, ...]
-    people: tuple[str, ...]
-    """Empty names where they aren't known."""
-    embeddings: NDArray[np.float32]
-    """[n, D], rows of unit length."""
-    pictures: tuple[bytes, ...]
-
-
 def update_gallery(
     folder: Path, faces: Faces, options: EmbedOptions, *, kind: Kind | None, remove: Collection[str], pictures: bool
 ) -> None:
@@ -134,11 +105,11 @@ def update_gallery(
             raise ValueError(f"--kind: {folder} is {gallery.kind}, got {kind}; make another gallery for that")
         gallery = gallery.without(remove)
         if faces.images or faces.embeddings:
-            network = _network_of(gallery, faces)
+            network = network_of(gallery, faces)
             if network:
-                _warn_of_differences(gallery, options)
+                warn_of_differences(gallery, options)
             most = None if pictures else 0
-            found = _embed(gallery, faces, network, options, folder / LEFT_OUT_FILE, are_known=True, pictures=most)
+            found = embed_faces(gallery, faces, network, options, folder / LEFT_OUT_FILE, are_known=True, pictures=most)
             _say_what_is_there(gallery, found)
             gallery = gallery.with_images(found.names, found.people, found.embeddings, found.pictures)
             if not network and len(gallery.names) == len(found.names):  # of these alone
@@ -151,7 +122,7 @@ def update_gallery(
                     network_sha256=network_sha256(network),
                     is_aligned=bool(options.detector or options.landmarks),
                     is_mirrored=options.mirror,
-                    onnx=_onnx_input(network, options),
+                    onnx=onnx_input(network, options),
                 )
         gallery.save(folder)
     say(f"{folder}: {len(gallery.names):,} images of {len(gallery.persons):,} people, {gallery.kind}")
@@ -174,16 +145,16 @@ def search_gallery(
         ValueError: Something can't be used; the message names it.
     """
     gallery = Gallery.load(folder)
-    network = _network_of(gallery, faces)
+    network = network_of(gallery, faces)
     known_network = network or (Path(gallery.network) if gallery.network else None)
     threshold, about = decision.resolve(gallery, known_network)
     if network:
-        _warn_of_differences(gallery, options)
+        warn_of_differences(gallery, options)
     if out:
         out.mkdir(parents=True, exist_ok=True)
     left_out = out / LEFT_OUT_FILE if out else None
     pictures = MOST_SHOWN if out else 0
-    found = _embed(gallery, faces, network, options, left_out, are_known=False, pictures=pictures)
+    found = embed_faces(gallery, faces, network, options, left_out, are_known=False, pictures=pictures)
     scores, persons = gallery.search(found.embeddings, top)
     rows = [
         _row(gallery, name, own_scores, own_persons, threshold)
@@ -211,7 +182,7 @@ def search_gallery(
         say(f"pictures  {out / 'search.html'}")
 
 
-def _say_what_is_there(gallery: Gallery, found: _Embedded) -> None:
+def _say_what_is_there(gallery: Gallery, found: Embedded) -> None:
     """Say which images take the place of others, and who seems to be in the gallery under a name written otherwise."""
     replaced = sorted(set(gallery.names) & set(found.names))
     if replaced:
@@ -245,117 +216,3 @@ def _row(
     # Exact, as in evaluation: the threshold is the float32 score of an impostor.
     is_known = None if threshold is None else bool(len(matches) and scores[0] >= np.float64(threshold))
     return {"image": name, "is_known": is_known, "matches": matches}
-
-
-def _warn_of_differences(gallery: Gallery, options: EmbedOptions) -> None:
-    """Say where images are embedded in another way than the gallery's, as far as that is known."""
-    if not gallery.network:
-        return
-    if gallery.is_aligned and not (options.detector or options.landmarks):
-        say("warning: the gallery's photographs were aligned; without --detector these are taken as aligned faces")
-    if gallery.is_mirrored != options.mirror:
-        way = "with" if gallery.is_mirrored else "without"
-        say(f"warning: the gallery was made {way} mirrored images; see --no-mirror")
-    if gallery.onnx != (given := _onnx_input(Path(gallery.network), options)):
-        say(f"warning: the gallery's network was given {gallery.onnx}, and is given {given} here; see --onnx-colour")
-
-
-def _onnx_input(network: Path, options: EmbedOptions) -> str:
-    """Say what an ONNX network's pixels are; other networks know it themselves."""
-    pixels = options.onnx
-    return f"(pixel - {pixels.mean:g}) / {pixels.std:g} in {pixels.colour}" if network.suffix == ".onnx" else ""
-
-
-def _network_of(gallery: Gallery, faces: Faces) -> Path | None:
-    """Return what embeds the faces, None for embeddings; refuse other weights than the gallery's."""
-    if not faces.images:
-        return None
-    file = faces.checkpoint or (Path(gallery.network) if gallery.network else None)
-    if file is None:
-        raise ValueError("--checkpoint: expected the network that embeds the images")
-    if gallery.network_sha256 and network_sha256(file) != gallery.network_sha256:
-        made_by = f" than {gallery.network}, which made the gallery" if gallery.network else " than made the gallery"
-        raise ValueError(f"--checkpoint: {file} has other weights{made_by}")
-    return file
-
-
-def _embed(
-    gallery: Gallery,
-    faces: Faces,
-    network: Path | None,
-    options: EmbedOptions,
-    left_out: Path | None,
-    *,
-    are_known: bool,
-    pictures: int | None,
-) -> _Embedded:
-    """Embed images or read embeddings; images that can't be read, or show no face, are listed in a file.
-
-    Args:
-        gallery: What they are for.
-        faces: Which.
-        network: What embeds images.
-        options: How.
-        left_out: The file of the list; None says it on stdout.
-        are_known: Whether images lie in a folder for each person.
-        pictures: Make pictures of so many, the first; None of all.
-
-    Raises:
-        ValueError: Something can't be used, or no image is left.
-    """
-    if network is None:
-        assert faces.embeddings is not None
-        names, embeddings = load_embeddings_npz(faces.embeddings)
-        _check_origin(gallery, faces.embeddings)
-        people = tuple(map(_person, names)) if are_known else ("",) * len(names)
-        return _Embedded(names, people, unit_vectors(names, embeddings), (b"",) * len(names))
-    labelled = open_faces(faces.images) if are_known else None
-    if labelled and (skipped := labelled.describe_skipped()):
-        say(skipped)
-    images = labelled or open_images(faces.images)
-    world, opened = World.alone(options.device), open_network(network, options.onnx)
-    wanted = gallery.embeddings.shape[1]
-    if gallery.names and (width := opened.width(world)) != wanted:
-        raise ValueError(
-            f"--checkpoint: {network}: expected embeddings of {wanted} numbers, as in the gallery, got {width}"
-        )
-    photographs = Photographs(images, open_aligner(options))
-    rows = range(len(images.names))
-    embeddings, why, _ = embed_readable(opened, photographs, rows, options, world)
-    faceless = set(photographs.not_aligned(world) or ())
-    why = {row: f"{images.names[row]}: no face found" for row in rows if images.names[row] in faceless} | why
-    if left_out:
-        list_left_out(left_out, images.names, why)
-    else:
-        for row in sorted(why):
-            say(f"left out: {why[row]}")
-    kept = [row for row in rows if row not in why]
-    if not kept:
-        raise ValueError(f"{why[0]}; none of the {len(rows):,} images can be used")
-    shown = kept[:pictures]
-    names = tuple(images.names[row] for row in kept)
-    return _Embedded(
-        names,
-        tuple(labelled.identities[row] for row in kept) if labelled else ("",) * len(kept),
-        unit_vectors(names, embeddings[kept]),
-        (
-            *(thumbnail(images.read(row), PICTURE_PX, images.names[row]) for row in shown),
-            *(b"" for _ in kept[len(shown) :]),
-        ),
-    )
-
-
-def _check_origin(gallery: Gallery, file: Path) -> None:
-    """Refuse embeddings of other weights than the gallery's, as far as the file says."""
-    sha256 = network_of_embeddings(file)
-    if not gallery.network_sha256:
-        return
-    if not sha256:
-        say(f"warning: {file} doesn't say which network it is of; scores mean something if it is the gallery's alone")
-    elif sha256 != gallery.network_sha256:
-        raise ValueError(f"--embeddings: {file} is of other weights than the gallery")
-
-
-def _person(name: str) -> str:
-    folders = name.split("/")
-    return folders[-2] if len(folders) > 1 else image_key(name)[0]

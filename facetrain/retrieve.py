@@ -17,7 +17,8 @@ from facetrain.config import DataConfig
 from facetrain.data.decode import decode_face
 from facetrain.data.sources import open_faces
 from facetrain.evaluation.clustering import Agreement, cluster
-from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
+from facetrain.evaluation.inputs import unit_vectors
 from facetrain.evaluation.report import check_out_folder, write_results
 from facetrain.evaluation.retrieval import (
     NEIGHBOURS,

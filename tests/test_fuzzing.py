@@ -29,15 +29,9 @@ from facetrain.data.sources.csv_list import open_csv
 from facetrain.data.sources.opening import open_faces
 from facetrain.data.sources.recordio import open_records
 from facetrain.data.verification_bin import read_verification_bin
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
 from facetrain.evaluation.groups import read_groups
-from facetrain.evaluation.inputs import (
-    face_set,
-    load_embeddings_npz,
-    read_development_pairs,
-    read_images,
-    read_pairs,
-    read_people,
-)
+from facetrain.evaluation.inputs import face_set, read_development_pairs, read_images, read_pairs, read_people
 from facetrain.evaluation.threshold import threshold_from_results
 from facetrain.gallery import GALLERY_FILE, Gallery
 

@@ -8,7 +8,7 @@ from facetrain.command_line import new_parser, parse_arguments, say
 from facetrain.commands.embedding_flags import HOW_TO_EMBED, add_embedding_flags, embed_options, refuse_flags
 
 if TYPE_CHECKING:
-    from facetrain.people import Faces
+    from facetrain.gallery_faces import Faces
 
 
 def embed(argv: Sequence[str]) -> None:
@@ -113,7 +113,7 @@ def _faces(parser: Any, args: Any) -> "Faces":
         raise ValueError("--images, --embeddings: expected one of them, got both")
     if args.embeddings is not None:
         refuse_flags(parser, args, "--embeddings", ("checkpoint", *HOW_TO_EMBED))
-    from facetrain.people import Faces
+    from facetrain.gallery_faces import Faces
 
     return Faces(
         checkpoint=Path(args.checkpoint) if args.checkpoint else None,

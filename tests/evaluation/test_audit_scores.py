@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from facetrain.evaluation.audit import Bounds, bounds_of, duplicates, mixtures, overlaps, telling_score
-from facetrain.evaluation.inputs import load_embeddings_npz, unit_vectors
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
+from facetrain.evaluation.inputs import unit_vectors
 
 
 def people(counts: list[int], *, seed: int, spread: float = 0.4, width: int = 32) -> tuple[NDArray[np.float32], Bounds]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.io import savemat
 
 from facetrain.evaluation.blufr import blufr_figures, read_blufr, run_blufr
-from facetrain.evaluation.inputs import face_set, load_embeddings_npz, unit_vectors
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
+from facetrain.evaluation.inputs import face_set, unit_vectors
 from facetrain.evaluation.lfw import evaluate, metrics
 from facetrain.evaluation.lists import Request
 from facetrain.evaluation.report import format_table

@@ -10,8 +10,9 @@ from data.drawn_faces import drawn_image, encoded
 from face_lists import tied_set, write_pairs
 
 from facetrain.evaluation.definitions import DEFINITIONS, PUBLISHED
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
 from facetrain.evaluation.html_report import NUM_HARDEST, write_html
-from facetrain.evaluation.inputs import ImageKey, load_embeddings_npz
+from facetrain.evaluation.inputs import ImageKey
 from facetrain.evaluation.lfw import Evaluation, evaluate
 from facetrain.evaluation.lists import Request
 from facetrain.evaluation.report import write_report

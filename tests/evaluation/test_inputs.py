@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from face_lists import tied_set, write_pairs
 
-from facetrain.evaluation.inputs import face_set, load_embeddings_npz, read_pairs, read_people, unit_vectors
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
+from facetrain.evaluation.inputs import face_set, read_pairs, read_people, unit_vectors
 
 GOOD_PAIRS = ["2\t1", "A\t1\t2", "A\t1\tB\t1", "B\t1\t2", "B\t2\tA\t2"]
 RAGGED = np.array([np.ones(2), np.ones(3)], dtype=object)

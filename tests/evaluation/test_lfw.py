@@ -9,7 +9,8 @@ import pytest
 from face_lists import tied_set, write_pairs
 from numpy.typing import NDArray
 
-from facetrain.evaluation.inputs import face_set, load_embeddings_npz, read_pairs, unit_vectors
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
+from facetrain.evaluation.inputs import face_set, read_pairs, unit_vectors
 from facetrain.evaluation.lfw import evaluate, metrics
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.report import report_to_folder

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from face_lists import tied_set, write_pairs
 
-from facetrain.evaluation.inputs import face_set, load_embeddings_npz, read_development_pairs
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
+from facetrain.evaluation.inputs import face_set, read_development_pairs
 from facetrain.evaluation.lfw import evaluate
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.protocols import SURROGATE_PEOPLE

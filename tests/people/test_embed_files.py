@@ -19,7 +19,7 @@ from facetrain import embed_files
 from facetrain.cli import main
 from facetrain.data.images import ImageSet, open_images
 from facetrain.data.sources import open_faces
-from facetrain.evaluation.inputs import load_embeddings_npz, network_of_embeddings
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz, network_of_embeddings
 from facetrain.networks import EmbedOptions, Photographs, embed_readable, network_sha256, open_network
 from facetrain.world import start_world
 

@@ -11,7 +11,7 @@ import pytest
 from people.conftest import make_run
 
 from facetrain.cli import main
-from facetrain.evaluation.inputs import load_embeddings_npz
+from facetrain.evaluation.embeddings_npz import load_embeddings_npz
 from facetrain.gallery import Gallery
 from facetrain.people import Decision
 
