@@ -81,6 +81,7 @@ def _stdin_lines() -> list[str]:
 def _plan_of(run: Path, network: Network, images: ImageSet, options: EmbedOptions) -> dict[str, object]:
     """Return what decides the embeddings, to the bit on the same kind of device."""
     plan = {
+        "format": 2,  # of the parts
         "images": images.fingerprint(),
         "network": network_sha256(run),
         "preprocessing": vars(network.data),

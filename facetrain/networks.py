@@ -17,7 +17,7 @@ from facetrain.data.decode import decode_face, present_face
 from facetrain.data.manifest import combined_sha256
 from facetrain.data.photograph import Photograph
 from facetrain.data.sources import FaceSource, open_faces
-from facetrain.embed import embed_images, fitting_batch
+from facetrain.embed import BATCH_IMAGES, embed_images, fitting_batch
 from facetrain.evaluation.inputs import unit_vectors
 from facetrain.models.onnx_backbone import OnnxBackbone, OnnxInput
 from facetrain.whole_file import write_text
@@ -56,6 +56,8 @@ class Network:
 
     def fitting_batch(self, world: World) -> int:
         """Return how many images one forward takes, the same on every rank; all ranks must call."""
+        if isinstance(self.backbone, OnnxBackbone):  # onnxruntime may run it on the CPU, and has memory of its own
+            return BATCH_IMAGES
         shape = (self.data.image_px, self.data.image_px, self.data.channels)
         return fitting_batch(self.backbone.to(world.device), shape, world=world, precision=self.precision)
 

@@ -9,7 +9,10 @@ from torch import nn
 
 from facetrain.batch import network_input
 from facetrain.data.decode import present_face
+from facetrain.embed import BATCH_IMAGES
 from facetrain.models.onnx_backbone import ONNX_DATA_KEY, OnnxBackbone, OnnxInput
+from facetrain.networks import open_network
+from facetrain.world import World
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -92,6 +95,12 @@ def test_bytes_are_turned_to_bgr_and_nothing_else(tmp_path: Path) -> None:
         torch.testing.assert_close(backbone(network_input(images)), expected.flatten(1).float())
     with pytest.raises(ValueError, match=r"--onnx-mean, --onnx-std: .*n\.onnx takes pixels as they are"):
         OnnxBackbone(tmp_path / "n.onnx", OnnxInput(mean=0))
+
+
+def test_no_batch_is_tried_out_on_a_gpu_for_what_onnxruntime_runs(tmp_path: Path) -> None:
+    write_onnx(tmp_path / "n.onnx")
+    world = World(device=torch.device("cuda"))
+    assert open_network(tmp_path / "n.onnx", OnnxInput()).fitting_batch(world) == BATCH_IMAGES
 
 
 @torch.no_grad()
