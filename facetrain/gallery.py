@@ -23,7 +23,7 @@ Kind = Literal["flat", "ivf", "hnsw"]
 
 GALLERY_FILE = "gallery.npz"
 _ARRAYS = (
-    *("kind", "network", "network_sha256", "is_aligned", "is_mirrored", "onnx"),
+    *("kind", "network", "network_sha256", "is_aligned", "is_mirrored"),
     *("names", "people", "embeddings", "pictures", "picture_ends", "index"),
 )
 _IMAGES_PER_PERSON = 10
@@ -80,7 +80,7 @@ class Gallery:
         file = folder / GALLERY_FILE
         if not file.is_file():
             raise ValueError(f"{folder}: no gallery in it; `facetrain index {folder} --images FOLDER` makes one")
-        arrays = read_npz(file, _ARRAYS)
+        arrays = read_npz(file, _ARRAYS, optional=("onnx",))  # which earlier revisions didn't write
         kind = str(arrays["kind"])
         if kind != "flat":
             check_faiss(str(file))
@@ -95,7 +95,7 @@ class Gallery:
                 network_sha256=str(arrays["network_sha256"]),
                 is_aligned=bool(arrays["is_aligned"]),
                 is_mirrored=bool(arrays["is_mirrored"]),
-                onnx=str(arrays["onnx"]),
+                onnx=str(arrays.get("onnx", "")),
                 names=tuple(arrays["names"].tolist()),
                 people=tuple(arrays["people"].tolist()),
                 embeddings=arrays["embeddings"],

@@ -49,15 +49,11 @@ def network_of_embeddings(path: Path) -> str:
     Raises:
         ValueError: not an npz, or damaged; the message names the file.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return str(file[NETWORK_ENTRY]) if NETWORK_ENTRY in file.files else ""
-    except _DAMAGED_NPZ as error:
-        raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+    return str(read_npz(path, (), optional=(NETWORK_ENTRY,)).get(NETWORK_ENTRY, ""))
 
 
-def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Read arrays from an .npz file; nothing in it is ever unpickled.
+def read_npz(path: Path, keys: Sequence[str], *, optional: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+    """Read arrays from an .npz file, and the optional ones that it holds; nothing in it is ever unpickled.
 
     Raises:
         ValueError: not an npz, damaged, or a key missing; the message names the file.
@@ -69,7 +65,7 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, NDArray[Any]]:
         stream.seek(0)
         try:
             with np.load(stream, allow_pickle=False) as file:
-                return {key: file[key] for key in keys}
+                return {key: file[key] for key in (*keys, *(key for key in optional if key in file.files))}
         except KeyError as error:
             expected = " and ".join(f"'{key}'" for key in keys)
             raise ValueError(f"{path}: expected the arrays {expected}; {error.args[0]}") from None

@@ -103,6 +103,13 @@ def test_an_interrupted_save_leaves_the_gallery_as_it_was(tmp_path: Path, monkey
     assert Gallery.load(tmp_path).names == gallery.names
 
 
+def test_a_gallery_of_an_earlier_revision_is_opened(tmp_path: Path) -> None:
+    drawn("flat", 6, 3).save(tmp_path)
+    with np.load(tmp_path / GALLERY_FILE) as content:
+        np.savez(tmp_path / GALLERY_FILE, **{key: content[key] for key in content.files if key != "onnx"})
+    assert Gallery.load(tmp_path).names == drawn("flat", 6, 3).names
+
+
 def test_what_is_no_gallery_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no gallery in it"):
         Gallery.load(tmp_path)
