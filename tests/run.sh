@@ -14,6 +14,7 @@ fi
 cores="$(env -u OMP_NUM_THREADS nproc)" # which would obey it
 make_environment dev
 export OMP_NUM_THREADS=1 FACETRAIN_SHARE_CORES=0 # several tests share the cores
+ulimit -c 0                                      # what a test aborts, so that it says where it hangs, leaves no core file
 
 failed=()
 run() {

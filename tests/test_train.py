@@ -3,17 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from commands import assert_user_error, facetrain, run
+from commands import assert_user_error, facetrain, kill, run, started_job, wait_until
 from safetensors.numpy import load_file
 
 from facetrain.cli import main
@@ -59,26 +56,6 @@ def send_what_is_left(run_dir: Path, said: str) -> None:
     assert "MLflow gets no" not in said
     if "MLflow lacks some of this run" in said:
         sync(run_dir)
-
-
-def kill_after_checkpoint(command: list[str], checkpoint: Path) -> None:
-    """Start a job and kill all its processes, without warning, as soon as a checkpoint is there."""
-    job = psutil.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        give_up_at = time.monotonic() + 180
-        while not checkpoint.exists():
-            assert job.poll() is None, f"the job ended before {checkpoint}"
-            assert time.monotonic() < give_up_at
-            time.sleep(0.01)
-    finally:
-        for process in [*job.children(recursive=True), job]:  # torchrun's workers have process groups of their own
-            process.kill()
-        job.wait()
 
 
 @contextmanager
@@ -135,8 +112,9 @@ def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_siz
     more = more | {"train__steps": 24}  # long enough to be killed in the middle
     train(world_size, *flags(synthetic, whole, **more), cwd=tmp_path)
 
-    command = training(world_size, *flags(synthetic, cut, **more))
-    kill_after_checkpoint(command, cut / "checkpoints" / "step-00000008")
+    with started_job(*training(world_size, *flags(synthetic, cut, **more)), log=tmp_path / "cut.log") as job:
+        wait_until((cut / "checkpoints" / "step-00000008").exists, job)
+        kill(job)
     output = train(world_size, *flags(synthetic, cut, **more), cwd=tmp_path)
     assert "continues at step" in output
     assert weights(cut) == weights(whole)
@@ -151,16 +129,13 @@ def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_siz
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(synthetic, tmp_path):
     words = flags(synthetic, tmp_path / "run", train__steps=100_000, train__save_every_steps=100_000)
-    job = psutil.Popen(training(2, *words), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-    assert job.stderr is not None
-    for line in job.stderr:
-        if b"step     10/" in line:
-            job.children()[-1].terminate()
-            break
-    output = job.stderr.read().decode()
-    assert job.wait(timeout=60) == 0, output
+    log = tmp_path / "job.log"
+    with started_job(*training(2, *words), log=log) as job:
+        wait_until(lambda: "step     10/" in log.read_text(), job)
+        job.children()[-1].terminate()
+        assert job.wait(timeout=60) == 0
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert f"stopped at step {int(checkpoint.name.removeprefix('step-'))} on request" in output
+    assert f"stopped at step {int(checkpoint.name.removeprefix('step-'))} on request" in log.read_text()
     assert not (tmp_path / "run" / "results.json").exists()
 
 
