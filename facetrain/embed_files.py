@@ -26,7 +26,6 @@ from facetrain.networks import (
     Photographs,
     embed_readable,
     list_left_out,
-    network_sha256,
     open_aligner,
     open_network,
 )
@@ -43,7 +42,7 @@ def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out:
     """Embed images over all ranks, and write names and embeddings of unit length.
 
     Parts are kept in the folder OUT.parts until all are there; another start of the same job goes on from them.
-    Images that can't be read are left out and listed, with the reason, in OUT.unreadable.txt, a line each.
+    Images that can't be read are left out and listed, with the reason, in OUT.left_out.txt, a line each.
 
     Args:
         run: A run folder, .safetensors or .onnx.
@@ -65,10 +64,10 @@ def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out:
         found = found or open_images(on_disk, world.on_main(_stdin_lines))
         job = _Job(network, Photographs(found, aligner), options, world)
         parts = out.with_name(f"{out.name}.parts")
-        world.on_main(lambda: _open_parts(parts, _plan_of(run, network, found, options), held))
+        world.on_main(lambda: _open_parts(parts, _plan_of(network, found, options), held))
         job.embed(parts)
         with world.waiting_up_to(REPORT_TIMEOUT_S):
-            world.on_main(lambda: _join(parts, found, out, network_sha256(run), has_aligner=aligner is not None))
+            world.on_main(lambda: _join(parts, found, out, network.sha256, has_aligner=aligner is not None))
         if world.is_main:
             held.close()
             shutil.rmtree(parts, ignore_errors=True)  # not while it is held: NFS keeps files that are open
@@ -78,12 +77,12 @@ def _stdin_lines() -> list[str]:
     return [line.strip() for line in sys.stdin if line.strip()]
 
 
-def _plan_of(run: Path, network: Network, images: ImageSet, options: EmbedOptions) -> dict[str, object]:
+def _plan_of(network: Network, images: ImageSet, options: EmbedOptions) -> dict[str, object]:
     """Return what decides the embeddings, to the bit on the same kind of device."""
     plan = {
         "format": 2,  # of the parts
         "images": images.fingerprint(),
-        "network": network_sha256(run),
+        "network": network.sha256,
         "preprocessing": vars(network.data),
         "precision": network.precision,
         "mirror": options.mirror,

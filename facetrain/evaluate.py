@@ -21,7 +21,7 @@ from facetrain.evaluation.judge import PICTURE_PX, pictures_of
 from facetrain.evaluation.lfw import evaluate, evaluate_pairs
 from facetrain.evaluation.lists import Request, read_lists
 from facetrain.evaluation.report import check_out_folder, describe_not_aligned, report_to_folder
-from facetrain.networks import Device, EmbedOptions, Photographs, embed_all, network_sha256, open_network
+from facetrain.networks import Device, EmbedOptions, Network, Photographs, embed_all, open_network
 from facetrain.world import REPORT_TIMEOUT_S, World, start_world
 
 BIN_FOLDS = 10
@@ -130,7 +130,7 @@ def evaluate_checkpoints(
         def report() -> None:
             evaluation = replace(evaluate(names, embeddings, request, scores), not_aligned=not_aligned)
             read_picture = pictures_of(photographs.faces, names)
-            subject, sha256 = _listed(checkpoints), _sha256_of(checkpoints)
+            subject, sha256 = _listed(checkpoints), _sha256_of(networks)
             report_to_folder(evaluation, out, subject=subject, network_sha256=sha256, read_picture=read_picture)
 
         world.on_main(report)
@@ -174,7 +174,7 @@ def evaluate_bin(checkpoints: Sequence[Path], file: Path, options: EmbedOptions,
 
         def report() -> None:
             evaluation = evaluate_pairs(pairs, embeddings, dataset=request.dataset, convention=request.convention)
-            subject, sha256 = _listed(checkpoints), _sha256_of(checkpoints)
+            subject, sha256 = _listed(checkpoints), _sha256_of(networks)
             report_to_folder(evaluation, out, subject=subject, network_sha256=sha256, read_picture=read_picture)
 
         world.on_main(report)
@@ -258,8 +258,8 @@ def _in_order(
     return embeddings[[row_of[key] for key in wanted]]
 
 
-def _sha256_of(checkpoints: Sequence[Path]) -> str:
-    return network_sha256(checkpoints[0]) if len(checkpoints) == 1 else ""
+def _sha256_of(networks: Sequence[Network]) -> str:
+    return networks[0].sha256 if len(networks) == 1 else ""
 
 
 def _listed(files: Sequence[Path]) -> str:

@@ -35,19 +35,23 @@ def export_network(run: Path, out: Path, *, form: Form, preprocess: bool) -> str
 
     Args:
         run: A run folder or .safetensors.
-        out: The file; it is replaced whole or not at all.
+        out: The file; it is replaced whole or not at all. Its folder is made if missing.
         form: onnx, or torch for what `torch.export.load` reads.
         preprocess: Include cropping, shrinking and scaling.
 
     Raises:
-        ValueError: The weights can't be used, a package is missing, or the export differs from PyTorch.
+        ValueError: The weights can't be used, `out` is a folder, a package is missing, or the export differs from
+            PyTorch.
     """
+    if out.is_dir():
+        raise ValueError(f"--out: expected a file, {out} is a folder")
     backbone, config = load_backbone(run)
     data = config.data
     network = (nn.Sequential(FacePixels(data), backbone) if preprocess else backbone).eval()
     faces = _check_faces(data)
     inputs = {size: _inputs(faces[:size], data, preprocess) for size in _CHECK_BATCHES}
     aside = part_of(out).with_suffix(out.suffix)
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if form == "onnx":
             _write_onnx(network, inputs[max(inputs)], aside, _stated_data(data, preprocess))

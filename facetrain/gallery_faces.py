@@ -49,6 +49,8 @@ class Embedded:
     embeddings: NDArray[np.float32]
     """[n, D], rows of unit length."""
     pictures: tuple[bytes, ...]
+    network_sha256: str
+    """Checksum of the weights that embedded them; empty where an .npz doesn't say."""
 
 
 def warn_of_differences(gallery: Gallery, options: EmbedOptions) -> None:
@@ -110,9 +112,9 @@ def embed_faces(
     if network is None:
         assert faces.embeddings is not None
         names, embeddings = load_embeddings_npz(faces.embeddings)
-        _check_origin(gallery, faces.embeddings)
+        sha256 = _check_origin(gallery, faces.embeddings)
         people = tuple(map(_person, names)) if are_known else ("",) * len(names)
-        return Embedded(names, people, unit_vectors(names, embeddings), (b"",) * len(names))
+        return Embedded(names, people, unit_vectors(names, embeddings), (b"",) * len(names), sha256)
     labelled = open_faces(faces.images) if are_known else None
     if labelled and (skipped := labelled.describe_skipped()):
         say(skipped)
@@ -146,18 +148,18 @@ def embed_faces(
             *(thumbnail(images.read(row), PICTURE_PX, images.names[row]) for row in shown),
             *(b"" for _ in kept[len(shown) :]),
         ),
+        opened.sha256,
     )
 
 
-def _check_origin(gallery: Gallery, file: Path) -> None:
-    """Refuse embeddings of other weights than the gallery's, as far as the file says."""
+def _check_origin(gallery: Gallery, file: Path) -> str:
+    """Return the checksum of the weights that a file tells; refuse others than the gallery's."""
     sha256 = network_of_embeddings(file)
-    if not gallery.network_sha256:
-        return
-    if not sha256:
+    if gallery.network_sha256 and not sha256:
         say(f"warning: {file} doesn't say which network it is of; scores mean something if it is the gallery's alone")
-    elif sha256 != gallery.network_sha256:
+    elif gallery.network_sha256 and sha256 != gallery.network_sha256:
         raise ValueError(f"--embeddings: {file} is of other weights than the gallery")
+    return sha256
 
 
 def _person(name: str) -> str:

@@ -53,6 +53,8 @@ class Network:
     backbone: nn.Module
     data: DataConfig
     precision: Literal["float32", "bfloat16"]
+    sha256: str
+    """Checksum of its weights; a run that still trains has others by and by."""
 
     def fitting_batch(self, world: World) -> int:
         """Return how many images one forward takes, the same on every rank; all ranks must call."""
@@ -81,10 +83,11 @@ def open_network(file: Path, onnx: OnnxInput) -> Network:
         FileNotFoundError: There are none.
     """
     if file.suffix != ".onnx":
-        backbone, config = load_backbone(file)
-        return Network(file, backbone, config.data, config.train.precision)
+        weights = weights_file(file)
+        backbone, config = load_backbone(weights)
+        return Network(file, backbone, config.data, config.train.precision, network_sha256(weights))
     network = OnnxBackbone(file, onnx)
-    return Network(file, network, network.data, "float32")
+    return Network(file, network, network.data, "float32", network_sha256(file))
 
 
 class Images(Protocol):

@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from facetrain.command_line import say
-from facetrain.evaluation.embeddings_npz import network_of_embeddings
 from facetrain.evaluation.threshold import at_far, threshold_from_results, weights_of_results
 from facetrain.gallery import GALLERY_FILE, Gallery, Kind
 from facetrain.gallery_faces import Embedded, Faces, embed_faces, network_of, onnx_input, warn_of_differences
 from facetrain.lock import hold_folder
-from facetrain.networks import EmbedOptions, network_sha256
+from facetrain.networks import EmbedOptions
 from facetrain.search_page import MOST_SHOWN, search_page
 from facetrain.whole_file import write_text
 
@@ -113,13 +112,12 @@ def update_gallery(
             _say_what_is_there(gallery, found)
             gallery = gallery.with_images(found.names, found.people, found.embeddings, found.pictures)
             if not network and len(gallery.names) == len(found.names):  # of these alone
-                assert faces.embeddings is not None
-                gallery = replace(gallery, network="", network_sha256=network_of_embeddings(faces.embeddings))
+                gallery = replace(gallery, network="", network_sha256=found.network_sha256)
             if network:
                 gallery = replace(
                     gallery,
                     network=str(network.absolute()),
-                    network_sha256=network_sha256(network),
+                    network_sha256=found.network_sha256,
                     is_aligned=bool(options.detector or options.landmarks),
                     is_mirrored=options.mirror,
                     onnx=onnx_input(network, options),

@@ -166,17 +166,19 @@ def test_file_names_that_do_not_tell_who_it_is_are_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--embeddings", "x.npz", "--detector", "y.onnx"], "--detector: has no effect beside --embeddings"),
-        (["--embeddings", "x.npz", "--no-mirror"], "--no-mirror: has no effect beside --embeddings"),
-        (["--checkpoint", "RUN", "--bin", "x.bin", "--landmarks", "p.txt"], "--landmarks: has no effect beside --bin"),
-        (["--checkpoint", "RUN", "--bin", "x.bin", "--draws", "3"], "--draws: has no effect beside --bin"),
+        ("lfw --embeddings x.npz --detector y.onnx", "--detector: has no effect beside --embeddings"),
+        ("lfw --embeddings x.npz --no-mirror", "--no-mirror: has no effect beside --embeddings"),
+        ("lfw --checkpoint RUN --bin x.bin --landmarks p.txt", "--landmarks: has no effect beside --bin"),
+        ("lfw --checkpoint RUN --bin x.bin --draws 3", "--draws: has no effect beside --bin"),
+        ("retrieval --embeddings x.npz --onnx-colour bgr", "--onnx-colour: has no effect beside --embeddings"),
+        ("compare x.npz y.npz --no-mirror", "--no-mirror: has no effect beside two .npz files"),
     ],
 )
 def test_flags_without_effect_are_refused(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        lfw(*words, "--out", tmp_path / "out")
+        main([*words.split(), "--out", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
 
 

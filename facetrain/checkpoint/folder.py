@@ -35,11 +35,11 @@ def publish(aside: Path, final: Path, sums: Mapping[str, str]) -> None:
     Args:
         aside: The folder, with all its files.
         final: Its name from now on.
-        sums: SHA-256 of files that others have flushed and summed already, by name.
+        sums: SHA-256 of files that others have flushed and summed already, by name; here they may not show yet.
     """
     lines = []
-    for file in sorted(aside.iterdir()):
-        lines.append(f"{sums.get(file.name) or flush_and_sum(file)}  {file.name}\n")
+    for name in sorted({file.name for file in aside.iterdir()} | sums.keys()):
+        lines.append(f"{sums.get(name) or flush_and_sum(aside / name)}  {name}\n")
     (aside / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
     flush(aside / SUMS_FILE)
     flush(aside)

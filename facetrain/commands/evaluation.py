@@ -77,6 +77,8 @@ def compare(argv: Sequence[str]) -> None:
     files, images = (Path(args.a), Path(args.b)), [Path(path) for path in args.images or ()]
     if args.bootstrap == 0:
         raise ValueError("--bootstrap: expected 100 resamples or more, got 0")
+    if all(file.suffix == ".npz" for file in files):
+        refuse_flags(parser, args, "two .npz files", HOW_TO_EMBED)
     request = _request(args)
     from facetrain.evaluate import compare_files
 

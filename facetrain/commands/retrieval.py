@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from facetrain.command_line import new_parser, parse_arguments
-from facetrain.commands.embedding_flags import add_onnx_flags, onnx_input
+from facetrain.commands.embedding_flags import add_onnx_flags, onnx_input, refuse_flags
 
 
 def retrieval(argv: Sequence[str]) -> None:
@@ -27,6 +27,8 @@ def retrieval(argv: Sequence[str]) -> None:
     for flag, value in (("--clusterings", args.clusterings), ("--seed", args.seed)):
         if value < 0:
             raise ValueError(f"{flag}: expected 0 or more, got {value}")
+    if args.embeddings is not None:
+        refuse_flags(parser, args, "--embeddings", ("no_mirror", "onnx_mean", "onnx_std", "onnx_colour"))
     from facetrain.networks import EmbedOptions
     from facetrain.retrieve import RetrievalSettings, retrieval_of_checkpoints, retrieval_of_embeddings
 

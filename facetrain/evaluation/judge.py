@@ -37,7 +37,7 @@ class Judgement:
     heldout: Mapping[str, float]
     """Verification of held-out identities by its keys, such as `accuracy`; empty where there are none, or no scores."""
     evaluation: Evaluation | None
-    """The evaluation set; None where none is configured."""
+    """The evaluation set; None where none is configured, or there are no scores."""
     heldout_thresholds: Mapping[str, float] = field(default_factory=dict)
     """Score at which held-out impostor pairs are accepted at a FAR, by the FAR's name."""
 
@@ -113,7 +113,8 @@ class Judge:
         scores = self._heldout_scores(backbone, world) if self.heldout else None
         embeddings = None
         if self.faces is not None:
-            embeddings = embed_faces(self.faces, backbone, self.config, world, mirror=mirror, progress=progress)
+            found = embed_faces(self.faces, backbone, self.config, world, mirror=mirror, progress=progress)
+            embeddings = None if _has_zeros(found, self.config.eval.dataset, world) else found
         # The other ranks wait for rank 0, on a large set longer than for any collective of a step.
         with world.waiting_up_to(max(REPORT_TIMEOUT_S, world.timeout_s)):
             return world.on_main(lambda: self._compute(scores, embeddings))
@@ -137,11 +138,7 @@ class Judge:
             mirror=self.config.eval.mirror,
         )
         embeddings = embeddings_ID.cpu().numpy()
-        if num_zero := len(embeddings) - np.count_nonzero(embeddings.any(axis=1)):
-            if world.is_main:
-                _log.warning(
-                    f"heldout: not measured: the network embeds {num_zero:,} of {len(images):,} held-out images as zero"
-                )
+        if _has_zeros(embeddings, "heldout", world):
             return None
         unit_ID = unit_vectors([f"held-out image {image}" for image in images.tolist()], embeddings)
         a, b = rows.reshape(2, -1)
@@ -158,6 +155,14 @@ class Judge:
         if embeddings is not None and self.faces is not None:
             evaluation = evaluate(self.faces.names, embeddings, _request(self.config))
         return Judgement(heldout=heldout, evaluation=evaluation, heldout_thresholds=thresholds)
+
+
+def _has_zeros(embeddings: NDArray[np.float32], what: str, world: World) -> bool:
+    """Return whether images are embedded as zero, which have no score, and warn of it; it isn't the end of a run."""
+    num_zero = len(embeddings) - int(np.count_nonzero(embeddings.any(axis=1)))
+    if num_zero and world.is_main:
+        _log.warning(f"{what}: not measured: the network embeds {num_zero:,} of {len(embeddings):,} images as zero")
+    return num_zero > 0
 
 
 def open_evaluation_set(config: Config) -> FaceSource:

@@ -50,7 +50,8 @@ def write_model_card(folder: Path, config: Config, manifest: Manifest, results: 
         results: As results.json holds them.
         commit: Git revision of the code; empty where it isn't known.
     """
-    use = _USE.format(of_the_test_set=_OF_LFW if config.eval.dataset == "lfw" else _OF_ANOTHER_SET)
+    is_lfw = bool(config.eval.images) and config.eval.dataset == "lfw"
+    use = _USE.format(of_the_test_set=_OF_LFW if is_lfw else _OF_ANOTHER_SET)
     card = "\n".join([*_head(config, manifest, commit), *_results(results, config), use])
     whole = f"{card}\n## Config\n\n```yaml\n{mask_secrets(config_yaml(config)).rstrip()}\n```\n"
     aside = folder / f".{MODEL_CARD_FILE}.{os.getpid()}"
@@ -82,13 +83,18 @@ def _left_out(config: Config) -> str:
 def _results(results: Mapping[str, Any], config: Config) -> Iterator[str]:
     yield "## Results\n"
     rows = list(_rows(results))
+    has_set, has_heldout = bool(config.eval.images), config.data.holdout_identities > 0
     if not rows:
-        yield "None: the run held no identities out and had no evaluation set.\n"
+        without = "the run held no identities out and had no evaluation set"
+        yield f"None: {'nothing could be measured' if has_set or has_heldout else without}.\n"
         return
-    yield f"Of the final weights; identification and verification on `{config.eval.dataset}`, by protocol.\n"
+    on_set = [f"identification and verification on `{config.eval.dataset}`, by protocol"] if has_set else []
+    on_heldout = ["`heldout`: verification of identities that were held out of training"] if has_heldout else []
+    yield f"Of the final weights; {'; '.join([*on_set, *on_heldout])}.\n"
     yield "| protocol | figure | value |\n|---|---|---|"
     yield from rows
-    yield "\nWhat the protocols are: `report.html` beside this card; thresholds: `results.json`.\n"
+    what = "What the protocols are: `report.html` beside this card; thresholds" if has_set else "Thresholds"
+    yield f"\n{what}: `results.json`.\n"
 
 
 def _rows(results: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -72,9 +72,9 @@ def at_far(impostor_scores: FloatArray, far: float) -> OperatingPoint:
     Raises:
         ValueError: fewer impostor scores than the FAR needs, or a FAR outside (0, 1].
     """
-    k = num_allowed(len(impostor_scores), far)
     if not 0.0 < far <= 1.0:
         raise ValueError(f"FAR: expected a fraction above 0 and up to 1, got {far:g}")
+    k = num_allowed(len(impostor_scores), far)
     if k < 1:
         raise ValueError(
             f"FAR {far:g} needs {math.ceil(0.5 / far):,} impostor scores or more, got {len(impostor_scores):,}"

@@ -2,12 +2,14 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue, as fractions, that torchvision's weights expect to be subtracted."""
@@ -78,7 +80,22 @@ def _build_network(name: str, drawn: bool) -> nn.Module:
             " resnet50, resnet101, resnet152"
         )
     arguments = {"aux_logits": False, "init_weights": drawn} if name in _OWN_RANGE else {}
-    return torchvision.models.get_model(name, weights=None, **arguments)  # type: ignore[no-any-return]
+    try:
+        return torchvision.models.get_model(name, weights=None, **arguments)  # type: ignore[no-any-return]
+    except DataDependentOutputException:  # tensors have no data here, and ConvNeXt, RegNet and others look at theirs
+        with unset_fake_temporarily() as mode:
+            network: nn.Module = torchvision.models.get_model(name, weights=None, **arguments)
+            _drop_data(network, mode)
+        return network
+
+
+def _drop_data(network: nn.Module, mode: Any) -> None:
+    """Replace a network's tensors by those that have shapes and no data in a mode of torch's fake tensors."""
+    for module in network.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, mode.from_tensor(buffer))
 
 
 def _last_linear(network: nn.Module, name: str) -> str:

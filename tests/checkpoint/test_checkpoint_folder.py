@@ -1,6 +1,7 @@
 """A checkpoint is whole or doesn't count: killed savers, cut and flipped files, full disks."""
 
 import errno
+import hashlib
 import os
 import random
 import re
@@ -20,7 +21,16 @@ from safetensors.torch import load_file
 from small_disk import fill, missing_disk, small_disk
 from test_checkpoint import config_of, make_engine, train
 
-from facetrain.checkpoint.folder import SUMS_FILE, checkpoint_folder, damage_of, newest_checkpoint, prune, tidy
+from facetrain.checkpoint.folder import (
+    SUMS_FILE,
+    aside_of,
+    checkpoint_folder,
+    damage_of,
+    newest_checkpoint,
+    prune,
+    publish,
+    tidy,
+)
 from facetrain.checkpoint.saver import Saver
 from facetrain.checkpoint.state import TrainState, load_state, write_checkpoint
 from facetrain.config import Config, TrainConfig
@@ -142,6 +152,18 @@ def test_a_folder_in_place_of_a_file_is_damage(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
     assert damage_of(folder) == "model.safetensors: Is a directory"
+
+
+def test_a_file_of_another_rank_that_is_lost_is_missed(tmp_path: Path) -> None:
+    final = checkpoint_folder(tmp_path, 1)
+    aside = aside_of(final)
+    aside.mkdir(parents=True)
+    (aside / "state.json").write_text("{}")
+    table = hashlib.sha256(b"rows").hexdigest()
+    publish(aside, final, {"mining_table-00001.safetensors": table})
+    assert damage_of(final) == "mining_table-00001.safetensors is missing"
+    (final / "mining_table-00001.safetensors").write_bytes(b"rows")  # it was there, and is seen late
+    assert damage_of(final) == ""
 
 
 def test_damaged_checkpoints_are_passed_over_by_name_and_their_steps_can_be_saved_again(tmp_path: Path) -> None:

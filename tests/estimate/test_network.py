@@ -42,6 +42,16 @@ def test_sizes_are_the_real_networks(model: ModelConfig, parameters: int | None)
     assert network.embedding_dim == backbone.embedding_dim
 
 
+@pytest.mark.parametrize("name", ["torchvision:convnext_tiny", "torchvision:regnet_y_400mf"])
+def test_networks_that_look_at_numbers_while_they_are_made_are_counted_too(name: str) -> None:
+    model, data = ModelConfig(name=name), DataConfig(image_px=64)
+    backbone = build_backbone(model, channels=3, image_px=64)
+    network = measure_network(model, data)
+    assert network.parameters == sum(p.numel() for p in backbone.parameters())
+    assert network.buffer_bytes == sum(b.numel() * b.element_size() for b in backbone.buffers())
+    assert measure_passes(model, data, "float32", images=2).backward.flops.sum() > 0
+
+
 def test_operations_of_a_product_are_known() -> None:
     with without_data():
         a, b, into = torch.empty(30, 50), torch.empty(50, 70), torch.empty(30, 70)

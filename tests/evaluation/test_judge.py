@@ -9,7 +9,7 @@ import torch
 from distributed.ranks import run_ranks
 from torch import Tensor, nn
 
-from facetrain.config import Config, DataConfig
+from facetrain.config import Config, DataConfig, EvalConfig
 from facetrain.data.shards import ShardSet
 from facetrain.data.split import split_identities
 from facetrain.evaluation.judge import Judge
@@ -27,16 +27,19 @@ class MeanColour(nn.Module):
         return (images.mean(dim=(2, 3)) + self.bias).relu()
 
 
-def test_embeddings_of_zero_are_no_score(synthetic: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = Config(data=DataConfig(shards=str(synthetic / "shards"), image_px=32))
+def test_embeddings_of_zero_are_no_score_and_end_no_run(synthetic: Path, caplog: pytest.LogCaptureFixture) -> None:
+    faces = synthetic / "faces"
+    lists = EvalConfig(images=(str(faces / "heldout"),), pairs=str(faces / "heldout_pairs.txt"), dataset="drawn")
+    config = Config(data=DataConfig(shards=str(synthetic / "shards"), image_px=32), eval=lists)
     shards = ShardSet.open(synthetic / "shards")
     split = split_identities(shards.table, holdout=20, exclude=(), seed=0)
     judge = Judge.open(config, shards, split)
-    assert "accuracy" in judge.judge(MeanColour(bias=2.0), World()).heldout
+    measured = judge.judge(MeanColour(bias=2.0), World()).metrics()
+    assert {"heldout/accuracy", "drawn/verification/accuracy"} < measured.keys()
     assert not caplog.records
     assert judge.judge(MeanColour(bias=-2.0), World()).metrics() == {}
-    (warning,) = caplog.messages
-    assert warning.startswith("heldout: not measured: the network embeds ")
+    for warning, what in zip(caplog.messages, ("heldout", "drawn"), strict=True):
+        assert warning.startswith(f"{what}: not measured: the network embeds ")
 
 
 class SlowJudge(Judge):

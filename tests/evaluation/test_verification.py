@@ -145,8 +145,9 @@ def test_k_rounds_to_the_nearest_count() -> None:
     assert [num_allowed(n, 0.01) for n in (49, 50, 149, 150, 9494)] == [0, 1, 1, 2, 95]
     with pytest.raises(ValueError, match=r"FAR 0\.01 needs 50 impostor scores or more, got 49"):
         at_far(np.zeros(49), 0.01)
-    with pytest.raises(ValueError, match="FAR: expected a fraction"):
-        at_far(np.zeros(49), 1.5)
+    for far in (1.5, 0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"FAR: expected a fraction above 0 and up to 1, got {far:g}"):
+            at_far(np.zeros(49), far)
 
 
 def test_a_threshold_above_all_impostors_accepts_none() -> None:

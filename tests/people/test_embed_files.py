@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run as run_command
+from safetensors.torch import load_file, save_file
 
 import facetrain
 from facetrain import embed_files
@@ -201,6 +202,23 @@ def test_parquet_holds_names_and_embeddings(pictures: Path, run: Path, tmp_path:
     table = parquet.read_table(tmp_path / "e.parquet")
     assert tuple(table["name"].to_pylist()) == names
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), embeddings)
+
+
+def test_the_file_names_the_weights_that_were_read_where_the_run_has_others_by_then(
+    pictures: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, write = shutil.copytree(run, tmp_path / "run"), embed_files._write_part
+    of_read = network_sha256(trained)
+
+    def train_on_and_write(*args: object) -> None:
+        weights = load_file(trained / "model.safetensors")
+        save_file({name: 2 * tensor for name, tensor in weights.items()}, trained / "model.safetensors")
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embed_files, "_write_part", train_on_and_write)
+    embed(pictures, "--checkpoint", trained, "--out", tmp_path / "e.npz")
+    assert network_of_embeddings(tmp_path / "e.npz") == of_read
+    assert network_sha256(trained) != of_read
 
 
 @pytest.mark.parametrize(

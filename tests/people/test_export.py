@@ -76,9 +76,15 @@ def test_lfw_of_an_exported_network_is_that_of_the_run(synthetic: Path, tmp_path
 
 
 def test_torch_export_embeds_any_number_of_faces(run: Path, tmp_path: Path) -> None:
-    main(["export", str(run), "--format", "torch", "--out", str(tmp_path / "m.pt2")])
-    exported = torch.export.load(tmp_path / "m.pt2").module()
+    main(["export", str(run), "--format", "torch", "--out", str(tmp_path / "new" / "m.pt2")])
+    exported = torch.export.load(tmp_path / "new" / "m.pt2").module()
     assert exported(torch.zeros(3, 3, 40, 40)).shape == (3, 16)
+
+
+def test_a_folder_is_no_file_to_write(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--out", str(run)])
+    assert f"--out: expected a file, {run} is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("differences", [(0.0, 1e-3), (0.0, float("nan"))])
