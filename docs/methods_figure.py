@@ -1,4 +1,4 @@
-"""Draws docs/figures/methods.png from the lines of benchmarks/methods.py: quality over N, and over images seen.
+"""Draws docs/figures/methods.png from the lines of benchmarks/methods.py: over N, over images seen, and overfitting.
 
 Run it from the repository's folder: `python docs/methods_figure.py methods.jsonl`.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-SHOWN = ("triplet random", "triplet semi-hard", "npair-ovo", "npair-mc 96", "group", "softmax")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SHOWN = ("softmax", "group", "triplet random", "triplet semi-hard", "npair-ovo", "npair-mc 96", "npair-angular")
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7")
 """One colour per method, told apart by the colour-blind. Source: Okabe and Ito, 2008."""
 FIGURES = ("LFW verification", "rank-1", "DIR@FAR=1%")
 
@@ -22,17 +22,14 @@ def main(file: Path) -> None:
     first = {
         line["run"]["method"]: line for line in lines if (line["run"]["stage"], line["run"]["seed"]) == ("final", 0)
     }
-    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
-    over_n, over_images, overfitting = figure.subplots(1, 3)
+    figure = Figure(figsize=(13, 4.6), dpi=120, layout="constrained")
+    over_n, over_images, overfitting = figure.subplots(1, 3, width_ratios=(2, 3, 3))
     draw_over_n(over_n, first)
-    for method, colour in zip(SHOWN, COLOURS, strict=True):
-        if method in first:
-            draw_curves(over_images, overfitting, first[method]["curve"], method, colour)
-    over_images.set(title="Common held-out triplet loss", xlabel="training images seen", yscale="log")
-    overfitting.set(title="Recall@1, held out (solid) and trained on (dotted)", xlabel="training images seen")
-    over_images.legend()
+    draw_over_images(over_images, first)
+    draw_overfitting(overfitting, first)
     for axes in (over_n, over_images, overfitting):
         axes.grid(color="0.88")
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig("docs/figures/methods.png")
 
@@ -40,24 +37,41 @@ def main(file: Path) -> None:
 def draw_over_n(axes: Any, finals: dict[str, Any]) -> None:
     """Draw the figures of LFW over the pairs of a batch."""
     pairs = {int(method.split()[1]): line for method, line in finals.items() if is_npair(method)}
-    for name, colour in zip(FIGURES, COLOURS, strict=False):
-        axes.plot(sorted(pairs), [pairs[n][name] for n in sorted(pairs)], "o-", color=colour, label=name)
-    axes.set(title="npair-mc on LFW, the same images seen", xlabel="N, pairs of a batch", ylim=(0, 1))
-    axes.legend()
+    for name, colour in zip(FIGURES, COLOURS[2::2], strict=False):
+        axes.plot(sorted(pairs), [100 * pairs[n][name] for n in sorted(pairs)], "o-", color=colour, label=name)
+    axes.set(title="npair-mc on LFW, %", xlabel="N, pairs of a batch; as many images seen", ylim=(0, 100))
+    axes.set_xticks(sorted(pairs))
+    axes.legend(loc="center right")
+
+
+def draw_over_images(axes: Any, finals: dict[str, Any]) -> None:
+    """Draw how the triplet loss of held-out people falls."""
+    for method, colour in zip(SHOWN, COLOURS, strict=True):
+        curve = finals[method]["curve"]
+        images = [point["images"] / 1000 for point in curve]
+        axes.plot(images, [point["triplet_loss"] for point in curve], ".-", color=colour, label=method)
+    axes.set(title="Triplet loss of held-out people", xlabel="training images seen, thousands", ylim=(0, None))
+    axes.legend(ncols=2, loc="upper right", fontsize="small")
+
+
+def draw_overfitting(axes: Any, finals: dict[str, Any]) -> None:
+    """Draw each method's last Recall@1 of people that it was trained on, and of people that it wasn't."""
+    last = {method: line["curve"][-1] for method, line in finals.items()}
+    methods = sorted(last, key=lambda method: last[method]["heldout_recall_at_1"])
+    held_out, trained = (
+        [100 * last[method][key] for method in methods] for key in ("heldout_recall_at_1", "train_recall_at_1")
+    )
+    axes.hlines(methods, held_out, trained, color="0.7")
+    axes.plot(held_out, methods, "o", color=COLOURS[5], label="held out")
+    axes.plot(trained, methods, "o", color=COLOURS[2], label="trained on")
+    axes.set(title="Recall@1 at the end, %", xlim=(0, None))
+    axes.legend(loc="lower right")
 
 
 def is_npair(method: str) -> bool:
     """Return whether a method is npair-mc with so many pairs, and nothing else."""
     words = method.split()
     return len(words) == 2 and words[0] == "npair-mc" and words[1].isdigit()
-
-
-def draw_curves(loss: Any, recall: Any, curve: list[dict[str, Any]], method: str, colour: str) -> None:
-    """Draw what a method's checkpoints gave."""
-    images = [point["images"] for point in curve]
-    loss.plot(images, [point["triplet_loss"] for point in curve], ".-", color=colour, label=method)
-    for key, style in (("heldout_recall_at_1", "-"), ("train_recall_at_1", ":")):
-        recall.plot(images, [point[key] for point in curve], style, color=colour)
 
 
 if __name__ == "__main__":
