@@ -244,7 +244,9 @@ def _merge(job: Job, records: Sequence[Record], fingerprint: str, left_out: Sequ
     counts = list(chain.from_iterable(record.num_images for record in records))
     names = tuple(chain.from_iterable(record.names for record in records))
     ClassTable(names=names, first_image=np.cumsum([0, *counts], dtype=np.int64)).save(out)
-    save_array(out / IMAGES_FILE, group_sizes(np.concatenate([load_array(sidecar_of(tar))[:, 1] for tar in tars])))
+    # Copied, since each mapped file stays open: there may be more shards than files that a process may open.
+    lengths = [load_array(sidecar_of(tar))[:, 1].copy() for tar in tars]
+    save_array(out / IMAGES_FILE, group_sizes(np.concatenate(lengths)))
     manifest = Manifest(
         format=FORMAT,
         packer=f"facetrain {facetrain.__version__}",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -349,6 +350,18 @@ def test_a_disk_that_fills_up_is_named_and_with_more_room_packing_goes_on(
     pack([faces], out, images_per_shard=10, workers=2)
     pack([faces], tmp_path / "whole", images_per_shard=10, workers=1)
     assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_there_may_be_more_shards_than_files_that_a_process_may_open(faces: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, hard))
+    try:
+        manifest = pack([faces], tmp_path / "out", images_per_shard=1, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(manifest.shards) == 30
+    ShardSet.open(tmp_path / "out").verify()
 
 
 def _die(task: object) -> None:
