@@ -205,7 +205,8 @@ class ShardCache:
                     if is_new:
                         fcntl.flock(fd, fcntl.LOCK_EX)  # before anybody could evict it
                     return fd
-                now = self._entries()
+                # Without times, which every reader of the cache renews.
+                now = {(entry.path, entry.found_bytes) for entry in self._entries()}
             if now != before:  # somebody fetches or has finished: there will be room
                 before, waiting_since = now, time.monotonic()
             if not now or time.monotonic() - waiting_since > self.remote.timeout_s:
