@@ -164,7 +164,14 @@ def _read_pipe(command: str, start_byte: int, timeout_s: float) -> Blocks:
     command = command.replace("{start}", str(at))
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=errors, start_new_session=True) as process,
+        subprocess.Popen(
+            command,
+            shell=True,
+            stdin=subprocess.DEVNULL,  # ssh would take what a script or terminal has for those who come after
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        ) as process,
     ):
         assert process.stdout is not None
         fd, poll = process.stdout.fileno(), select.poll()

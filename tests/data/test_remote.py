@@ -138,6 +138,19 @@ def test_a_command_writes_the_file(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().split() == ["0", "200000"]
 
 
+def test_a_command_leaves_standard_input_to_the_script_around_it(folder: Path, tmp_path: Path) -> None:
+    before = os.dup(0)
+    (tmp_path / "script").write_text("the lines to come")
+    with open(tmp_path / "script") as script:
+        os.dup2(script.fileno(), 0)
+        try:
+            assert download(f"pipe:cat > {tmp_path}/taken; cat {folder}/{{name}}", tmp_path / "a") == DATA
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
+    assert (tmp_path / "taken").read_text() == ""
+
+
 def test_a_command_that_fails_or_hangs_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^pipe:.*: exit code 1: cat: .*No such file.* \(3 attempts\)$"):
         download(f"pipe:LC_ALL=C cat {folder}/no-{{name}}", tmp_path / "a")
