@@ -220,6 +220,7 @@ class FileSlices:
 
         Raises:
             ValueError: The file ends before; the message names it.
+            OSError: It can't be opened or read; the message names it.
         """
         fd = self._fds.get(file)
         if fd is None:
@@ -241,14 +242,18 @@ class FileSlices:
         return os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
 
     def _read(self, fd: int, file: int, offset: int, size_bytes: int) -> bytes:
-        data = os.pread(fd, size_bytes, offset)
-        while len(data) < size_bytes:  # one call returns 2 GiB at most
-            more = os.pread(fd, size_bytes - len(data), offset + len(data))
-            if not more:
-                raise ValueError(
-                    f"{self.paths[file]}: truncated: expected {size_bytes} bytes at byte {offset}, found {len(data)}"
-                )
-            data += more
+        try:
+            data = os.pread(fd, size_bytes, offset)
+            while len(data) < size_bytes:  # one call returns 2 GiB at most
+                more = os.pread(fd, size_bytes - len(data), offset + len(data))
+                if not more:
+                    raise ValueError(
+                        f"{self.paths[file]}: truncated: expected {size_bytes} bytes at byte {offset},"
+                        f" found {len(data)}"
+                    )
+                data += more
+        except OSError as error:
+            raise with_name(error, self.paths[file]) from None
         return data
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -278,6 +283,11 @@ def load_array(path: Path) -> npt.NDArray[Any]:
         raise ValueError(f"{path}: index file is missing; `facetrain pack`, run again, writes it anew") from None
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path}: damaged index file ({error}); `facetrain pack`, run again, repairs it") from None
+
+
+def with_name(error: OSError, path: Path) -> OSError:
+    """Return the error of a read with the file's name: those of an open file, as of a bad disk, have none."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def row_of(first: Sequence[int], item: int) -> int:
