@@ -129,6 +129,11 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         download("http://127.0.0.1:9", tmp_path / "a")
 
 
+def test_an_address_with_other_letters_than_those_of_ascii_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^http://127\.0\.0\.1:9/öl/a\.tar: expected an address in ASCII, .* %XX: "):
+        download("http://127.0.0.1:9/öl", tmp_path / "a")
+
+
 def test_a_command_writes_the_file(folder: Path, tmp_path: Path) -> None:
     assert download(f"pipe:cat {folder}/{{name}}", tmp_path / "a") == DATA
     (tmp_path / "log").touch()
