@@ -125,9 +125,10 @@ def _full_disk_named(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(f"{out}: its disk is full; `facetrain pack`, run again with more room, goes on") from None
+        full = "its disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        raise OSError(f"{out}: {full}; `facetrain pack`, run again with more room, goes on") from None
 
 
 def _alignment(landmarks: Path | None, detector: Path | None) -> str:

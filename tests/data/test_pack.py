@@ -1,5 +1,6 @@
 """Packing: the same bytes however it went, and nothing lost in silence."""
 
+import errno
 import json
 import os
 import re
@@ -362,6 +363,16 @@ def test_there_may_be_more_shards_than_files_that_a_process_may_open(faces: Path
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(manifest.shards) == 30
     ShardSet.open(tmp_path / "out").verify()
+
+
+def _exceed_quota(task: object) -> None:
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def test_a_quota_that_is_used_up_is_named(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("facetrain.data.pack.make_shard", _exceed_quota)
+    with pytest.raises(OSError, match=r"out: the disk quota is used up; `facetrain pack`, run again with more room"):
+        pack([faces], tmp_path / "out", workers=1)
 
 
 def _die(task: object) -> None:
