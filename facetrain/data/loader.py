@@ -111,7 +111,8 @@ class PairLoader:
 
         Raises:
             StopIteration: last_step is reached, or the loader is closed.
-            ValueError: An image of the batch can't be read or decoded; the message names it.
+            ValueError: An image of the batch can't be read or decoded; the message names it. Or there is too little
+                shared memory for the batches ahead.
         """
         called_at = time.perf_counter()
         if self._batches is None:
@@ -243,8 +244,21 @@ class _DecodedPairs(Dataset[_Decoded | Exception]):
         self._places: Tensor | None = None
 
     def make_places(self, num_places: int, num_pairs: int) -> None:
-        """Make room for so many batches in memory that processes share."""
-        self._places = torch.empty(num_places, *self._shape(num_pairs), dtype=torch.uint8).share_memory_()
+        """Make room for so many batches in memory that processes share.
+
+        Raises:
+            ValueError: There isn't as much of it.
+        """
+        places = torch.empty(num_places, *self._shape(num_pairs), dtype=torch.uint8)
+        try:
+            self._places = places.share_memory_()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"data.prefetch: expected {places.nbytes} bytes of shared memory for {num_places} batches"
+                f" (data.workers = {self._config.workers}, data.prefetch = {self._config.prefetch}): {reason};"
+                " fewer need less, and a container has as much as its --shm-size"
+            ) from None
 
     def place_of(self, step: int) -> Tensor:
         """Return where the images of a step are, [2, n, H, W, C]."""
