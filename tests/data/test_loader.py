@@ -226,8 +226,10 @@ def test_close_leaves_no_worker(shards):
         next(loader)
 
 
-def test_workers_outlive_the_signal_that_ends_a_job(shards):
-    with loader_of(plan_of(shards), shards, config_of(1), last_step=30) as loader:
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_outlive_the_signal_that_ends_a_job(shards, start_method, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # numpy's threads in a spawned worker, to which it may go too
+    with loader_of(plan_of(shards), shards, config_of(1, start_method=start_method), last_step=30) as loader:
         next(loader)
         (worker,) = multiprocessing.active_children()
         # Not from this process, whose word they obey.
