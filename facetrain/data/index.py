@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -281,7 +280,9 @@ def load_array(path: Path) -> npt.NDArray[Any]:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError:
         raise ValueError(f"{path}: index file is missing; `facetrain pack`, run again, writes it anew") from None
-    except (ValueError, EOFError, BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header raises nearly anything: ValueError, EOFError, TokenError, ...
         raise ValueError(f"{path}: damaged index file ({error}); `facetrain pack`, run again, repairs it") from None
 
 
