@@ -68,6 +68,8 @@ class ShardCache:
             is_here = (folder / MANIFEST_FILE).is_file() and all(table.is_file() for table in tables)
             if not (is_here and _is_index_of(manifest, tables)):
                 folder.mkdir(exist_ok=True)
+                for part in folder.glob("*.tmp"):  # of a process that was killed, or it would not let us in here
+                    part.unlink()
                 for table in tables:
                     with writing(table) as part:  # a running job may have mapped the one that is there
                         self._fetch_file(table.name, part)

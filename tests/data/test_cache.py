@@ -298,6 +298,7 @@ def test_a_damaged_table_in_the_cache_is_fetched_again(
     data = bytearray(table.read_bytes())
     data[-1] ^= 1
     table.write_bytes(data)
+    (table.parent / f"{name}.123.tmp").write_bytes(b"left by a process that was killed")
     after = open_shards(config_of(server.url, tmp_path / "cache"))
     assert images_of(after) == before
     assert table.read_bytes() == (packed / name).read_bytes()
