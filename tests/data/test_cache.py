@@ -194,7 +194,7 @@ def test_the_longest_unused_shard_makes_room_and_none_in_use(packed: Path, serve
 def test_readers_of_a_full_cache_keep_nobody_waiting(packed: Path, server: ShardServer, tmp_path: Path) -> None:
     a, b = shard_infos(packed)[:2]
     cache = cache_of(server, tmp_path, max(a.size_bytes, b.size_bytes), timeout_s=0.5)
-    in_use, reads_until = cache.open(a), time.monotonic() + 10
+    in_use, reads_until = cache.open(a), time.monotonic() + 30
 
     def read() -> None:
         while not opening.done() and time.monotonic() < reads_until:
