@@ -68,6 +68,8 @@ class ShardCache:
             is_here = (folder / MANIFEST_FILE).is_file() and all(table.is_file() for table in tables)
             if not (is_here and _is_index_of(manifest, tables)):
                 folder.mkdir(exist_ok=True)
+                for part in folder.glob("*.tmp"):  # of a process that was killed, or it would not let us in here
+                    part.unlink()
                 for table in tables:
                     with writing(table) as part:  # a running job may have mapped the one that is there
                         self._fetch_file(table.name, part)
@@ -205,7 +207,8 @@ class ShardCache:
                     if is_new:
                         fcntl.flock(fd, fcntl.LOCK_EX)  # before anybody could evict it
                     return fd
-                now = self._entries()
+                # Without times, which every reader of the cache renews.
+                now = {(entry.path, entry.found_bytes) for entry in self._entries()}
             if now != before:  # somebody fetches or has finished: there will be room
                 before, waiting_since = now, time.monotonic()
             if not now or time.monotonic() - waiting_since > self.remote.timeout_s:

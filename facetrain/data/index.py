@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -220,6 +219,7 @@ class FileSlices:
 
         Raises:
             ValueError: The file ends before; the message names it.
+            OSError: It can't be opened or read; the message names it.
         """
         fd = self._fds.get(file)
         if fd is None:
@@ -241,14 +241,18 @@ class FileSlices:
         return os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
 
     def _read(self, fd: int, file: int, offset: int, size_bytes: int) -> bytes:
-        data = os.pread(fd, size_bytes, offset)
-        while len(data) < size_bytes:  # one call returns 2 GiB at most
-            more = os.pread(fd, size_bytes - len(data), offset + len(data))
-            if not more:
-                raise ValueError(
-                    f"{self.paths[file]}: truncated: expected {size_bytes} bytes at byte {offset}, found {len(data)}"
-                )
-            data += more
+        try:
+            data = os.pread(fd, size_bytes, offset)
+            while len(data) < size_bytes:  # one call returns 2 GiB at most
+                more = os.pread(fd, size_bytes - len(data), offset + len(data))
+                if not more:
+                    raise ValueError(
+                        f"{self.paths[file]}: truncated: expected {size_bytes} bytes at byte {offset},"
+                        f" found {len(data)}"
+                    )
+                data += more
+        except OSError as error:
+            raise with_name(error, self.paths[file]) from None
         return data
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -276,8 +280,15 @@ def load_array(path: Path) -> npt.NDArray[Any]:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError:
         raise ValueError(f"{path}: index file is missing; `facetrain pack`, run again, writes it anew") from None
-    except (ValueError, EOFError, BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header raises nearly anything: ValueError, EOFError, TokenError, ...
         raise ValueError(f"{path}: damaged index file ({error}); `facetrain pack`, run again, repairs it") from None
+
+
+def with_name(error: OSError, path: Path) -> OSError:
+    """Return the error of a read with the file's name: those of an open file, as of a bad disk, have none."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def row_of(first: Sequence[int], item: int) -> int:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
@@ -111,13 +112,14 @@ class PairLoader:
 
         Raises:
             StopIteration: last_step is reached, or the loader is closed.
-            ValueError: An image of the batch can't be read or decoded; the message names it.
+            ValueError: An image of the batch can't be read or decoded; the message names it. Or there is too little
+                shared memory for the batches ahead.
         """
         called_at = time.perf_counter()
         if self._batches is None:
             if self._ahead and self._config.decode == "cpu":  # before the workers, which are to share it
                 self._faces.make_places(self._ahead + 1, self._pairs_here)
-            with _silent_about_cores():
+            with _silent_about_cores(), _signals_kept_from_workers(self._config):
                 self._batches = iter(self._loader)
         decoded = next(self._batches)
         if isinstance(decoded, Exception):
@@ -243,8 +245,21 @@ class _DecodedPairs(Dataset[_Decoded | Exception]):
         self._places: Tensor | None = None
 
     def make_places(self, num_places: int, num_pairs: int) -> None:
-        """Make room for so many batches in memory that processes share."""
-        self._places = torch.empty(num_places, *self._shape(num_pairs), dtype=torch.uint8).share_memory_()
+        """Make room for so many batches in memory that processes share.
+
+        Raises:
+            ValueError: There isn't as much of it.
+        """
+        places = torch.empty(num_places, *self._shape(num_pairs), dtype=torch.uint8)
+        try:
+            self._places = places.share_memory_()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"data.prefetch: expected {places.nbytes} bytes of shared memory for {num_places} batches"
+                f" (data.workers = {self._config.workers}, data.prefetch = {self._config.prefetch}): {reason};"
+                " fewer need less, and a container has as much as its --shm-size"
+            ) from None
 
     def place_of(self, step: int) -> Tensor:
         """Return where the images of a step are, [2, n, H, W, C]."""
@@ -274,19 +289,36 @@ class _DecodedPairs(Dataset[_Decoded | Exception]):
         return 2, num_pairs, side, side, channels
 
 
+# A cluster or a terminal that ends a job signals all its processes, but when to stop is for the training process to
+# decide: it may still take some steps, and a worker's death would raise in the middle of its last checkpoint.
+_OF_A_JOB = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP})
+
+
+@contextmanager
+def _signals_kept_from_workers(config: DataConfig) -> Iterator[None]:
+    """Let workers start with a job's signals blocked: threads that their imports start couldn't be told later."""
+    if not config.workers or sys.platform != "linux":
+        yield
+        return
+    if config.start_method == "spawn":
+        resource_tracker.ensure_running()  # its start would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_JOB)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker_id: int) -> None:
     """Prepare a worker process."""
     gc.freeze()  # or the first collection would write to, and so copy, all that was imported before the fork
     cv2.setNumThreads(0)  # its thread pool doesn't survive a fork, and the workers are the parallelism
-    # A cluster or a terminal that ends a job signals all its processes, but when to stop is for the training process to
-    # decide: it may still take some steps, and a worker's death would raise in the middle of its last checkpoint.
     if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP})
         Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _obey_parent(parent: int) -> None:
-    """Exit on the parent's SIGTERM; swallow everybody else's."""
+    """Exit on the parent's SIGTERM, which is blocked everywhere; swallow everybody else's."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

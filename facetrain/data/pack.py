@@ -125,9 +125,10 @@ def _full_disk_named(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(f"{out}: its disk is full; `facetrain pack`, run again with more room, goes on") from None
+        full = "its disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        raise OSError(f"{out}: {full}; `facetrain pack`, run again with more room, goes on") from None
 
 
 def _alignment(landmarks: Path | None, detector: Path | None) -> str:
@@ -244,7 +245,9 @@ def _merge(job: Job, records: Sequence[Record], fingerprint: str, left_out: Sequ
     counts = list(chain.from_iterable(record.num_images for record in records))
     names = tuple(chain.from_iterable(record.names for record in records))
     ClassTable(names=names, first_image=np.cumsum([0, *counts], dtype=np.int64)).save(out)
-    save_array(out / IMAGES_FILE, group_sizes(np.concatenate([load_array(sidecar_of(tar))[:, 1] for tar in tars])))
+    # Copied, since each mapped file stays open: there may be more shards than files that a process may open.
+    lengths = [load_array(sidecar_of(tar))[:, 1].copy() for tar in tars]
+    save_array(out / IMAGES_FILE, group_sizes(np.concatenate(lengths)))
     manifest = Manifest(
         format=FORMAT,
         packer=f"facetrain {facetrain.__version__}",

@@ -99,7 +99,7 @@ class RemoteFolder:
         if size_bytes is None or os.fstat(fd).st_size != size_bytes:
             try:
                 self._fetch(name, fd, size_bytes)
-            except (OSError, HTTPException, _NotWrittenError) as error:
+            except (OSError, HTTPException, UnicodeError, _NotWrittenError) as error:
                 if _is_final(error):
                     raise ValueError(f"{self.shown(name)}: {_reason(error)}") from None
                 if isinstance(error, HTTPError) and error.code == 416:  # the file here is longer than the one there
@@ -164,7 +164,14 @@ def _read_pipe(command: str, start_byte: int, timeout_s: float) -> Blocks:
     command = command.replace("{start}", str(at))
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=errors, start_new_session=True) as process,
+        subprocess.Popen(
+            command,
+            shell=True,
+            stdin=subprocess.DEVNULL,  # ssh would take what a script or terminal has for those who come after
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        ) as process,
     ):
         assert process.stdout is not None
         fd, poll = process.stdout.fileno(), select.poll()
@@ -226,10 +233,13 @@ def _is_final(error: Exception) -> bool:
     """Return whether trying again is useless."""
     if isinstance(error, HTTPError):
         return 400 <= error.code < 500 and error.code not in (*_PASSING_4XX, 416)
-    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | InvalidURL | _NotWrittenError)
+    final = FileNotFoundError | PermissionError | IsADirectoryError | InvalidURL | UnicodeError | _NotWrittenError
+    return isinstance(error, final)
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeError):  # of an address: what is sent is ASCII
+        return f"expected an address in ASCII, other letters as %XX: {error}"
     if isinstance(error, HTTPError):
         return f"the server answered {error.code} {error.reason}"
     if isinstance(error, URLError):

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from facetrain.config import DataConfig
 from facetrain.data.cache import ShardCache
 from facetrain.data.cached import CachedSlices
-from facetrain.data.index import BLOCK_BYTES, TABLE_FILES, ClassTable, FileSlices, index_tar
+from facetrain.data.index import BLOCK_BYTES, TABLE_FILES, ClassTable, FileSlices, index_tar, with_name
 from facetrain.data.manifest import Manifest, combined_sha256
 from facetrain.data.places import ImagePlaces
 from facetrain.data.remote import RemoteFolder
@@ -263,5 +263,8 @@ def sidecar_of(shard: Path) -> Path:
 
 def sha256_of(path: Path) -> str:
     """Return the checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise with_name(error, path) from None

@@ -191,6 +191,25 @@ def test_the_longest_unused_shard_makes_room_and_none_in_use(packed: Path, serve
     os.close(cache.open(c))
 
 
+def test_readers_of_a_full_cache_keep_nobody_waiting(packed: Path, server: ShardServer, tmp_path: Path) -> None:
+    a, b = shard_infos(packed)[:2]
+    cache = cache_of(server, tmp_path, max(a.size_bytes, b.size_bytes), timeout_s=0.5)
+    in_use, reads_until = cache.open(a), time.monotonic() + 30
+
+    def read() -> None:
+        while not opening.done() and time.monotonic() < reads_until:
+            os.close(cache.open(a))
+
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(cache.open, b)
+        read()
+        given_up_at = time.monotonic()
+        os.close(in_use)
+        with pytest.raises(ValueError, match=r"data\.cache_bytes is \d+, and all that is there is in use"):
+            opening.result()
+    assert given_up_at < reads_until
+
+
 def test_a_shard_larger_than_the_bound_is_refused(packed: Path, server: ShardServer, tmp_path: Path) -> None:
     info = shard_infos(packed)[0]
     with pytest.raises(ValueError, match=rf"data\.cache_bytes: expected at least the {info.size_bytes} bytes of http"):
@@ -279,6 +298,7 @@ def test_a_damaged_table_in_the_cache_is_fetched_again(
     data = bytearray(table.read_bytes())
     data[-1] ^= 1
     table.write_bytes(data)
+    (table.parent / f"{name}.123.tmp").write_bytes(b"left by a process that was killed")
     after = open_shards(config_of(server.url, tmp_path / "cache"))
     assert images_of(after) == before
     assert table.read_bytes() == (packed / name).read_bytes()

@@ -3,12 +3,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from commands import run
 from drawn_faces import augmented
 
 from facetrain.config import DataConfig
@@ -183,6 +185,37 @@ def test_shard_that_shrinks_while_it_is_read_is_named(damaged):
         next(loader)
 
 
+_NEXT_OF_LOADER = """
+import sys
+from pathlib import Path
+import numpy as np
+from facetrain.config import DataConfig
+from facetrain.data.loader import PairLoader
+from facetrain.data.plan import Plan
+from facetrain.data.shards import ShardSet
+shards = ShardSet.open(Path(sys.argv[1]))
+plan = Plan(shards.table, np.arange(24), global_pairs=8, seed=0)
+loader = PairLoader(plan, shards, DataConfig(image_px=16), rank=0, world_size=1, first_step=0, last_step=10)
+try:
+    next(loader)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_too_little_shared_memory_is_named(shards):
+    small = 'mount -t tmpfs -o size=32k none /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", small, "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("a small file system can't be mounted")
+    done = run(*command, sys.executable, "-c", _NEXT_OF_LOADER, str(shards.folder))
+    assert re.fullmatch(
+        r"data\.prefetch: expected 61440 bytes of shared memory for 5 batches \(data\.workers = 1, data\.prefetch = 4\)"
+        r": .*No space left on device.*; fewer need less, and a container has as much as its --shm-size\n",
+        done.stdout,
+    ), done
+
+
 def test_close_leaves_no_worker(shards):
     loader = loader_of(plan_of(shards), shards, config_of(2), last_step=1000)
     next(loader)
@@ -193,8 +226,10 @@ def test_close_leaves_no_worker(shards):
         next(loader)
 
 
-def test_workers_outlive_the_signal_that_ends_a_job(shards):
-    with loader_of(plan_of(shards), shards, config_of(1), last_step=30) as loader:
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_outlive_the_signal_that_ends_a_job(shards, start_method, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # numpy's threads in a spawned worker, to which it may go too
+    with loader_of(plan_of(shards), shards, config_of(1, start_method=start_method), last_step=30) as loader:
         next(loader)
         (worker,) = multiprocessing.active_children()
         # Not from this process, whose word they obey.

@@ -1,8 +1,10 @@
 """Packing: the same bytes however it went, and nothing lost in silence."""
 
+import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -349,6 +351,28 @@ def test_a_disk_that_fills_up_is_named_and_with_more_room_packing_goes_on(
     pack([faces], out, images_per_shard=10, workers=2)
     pack([faces], tmp_path / "whole", images_per_shard=10, workers=1)
     assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_there_may_be_more_shards_than_files_that_a_process_may_open(faces: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, hard))
+    try:
+        manifest = pack([faces], tmp_path / "out", images_per_shard=1, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(manifest.shards) == 30
+    ShardSet.open(tmp_path / "out").verify()
+
+
+def _exceed_quota(task: object) -> None:
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def test_a_quota_that_is_used_up_is_named(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("facetrain.data.pack.make_shard", _exceed_quota)
+    with pytest.raises(OSError, match=r"out: the disk quota is used up; `facetrain pack`, run again with more room"):
+        pack([faces], tmp_path / "out", workers=1)
 
 
 def _die(task: object) -> None:

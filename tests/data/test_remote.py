@@ -129,6 +129,11 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         download("http://127.0.0.1:9", tmp_path / "a")
 
 
+def test_an_address_with_other_letters_than_those_of_ascii_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^http://127\.0\.0\.1:9/öl/a\.tar: expected an address in ASCII, .* %XX: "):
+        download("http://127.0.0.1:9/öl", tmp_path / "a")
+
+
 def test_a_command_writes_the_file(folder: Path, tmp_path: Path) -> None:
     assert download(f"pipe:cat {folder}/{{name}}", tmp_path / "a") == DATA
     (tmp_path / "log").touch()
@@ -136,6 +141,19 @@ def test_a_command_writes_the_file(folder: Path, tmp_path: Path) -> None:
     command = f"echo {{start}} >> {tmp_path}/log; tail -c +$(({{start}} + 1)) {folder}/{{name}} | head -c 200000"
     assert download(f"pipe:{command}", tmp_path / "b") == DATA
     assert (tmp_path / "log").read_text().split() == ["0", "200000"]
+
+
+def test_a_command_leaves_standard_input_to_the_script_around_it(folder: Path, tmp_path: Path) -> None:
+    before = os.dup(0)
+    (tmp_path / "script").write_text("the lines to come")
+    with open(tmp_path / "script") as script:
+        os.dup2(script.fileno(), 0)
+        try:
+            assert download(f"pipe:cat > {tmp_path}/taken; cat {folder}/{{name}}", tmp_path / "a") == DATA
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
+    assert (tmp_path / "taken").read_text() == ""
 
 
 def test_a_command_that_fails_or_hangs_is_named(folder: Path, tmp_path: Path) -> None:

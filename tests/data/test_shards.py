@@ -169,6 +169,18 @@ def test_index_that_does_not_match_its_tar_is_named(copied: Path) -> None:
         ShardSet.open(copied)
 
 
+@pytest.mark.parametrize("name", ["class_names.npy", "class_first_image.npy", "images.npy"])
+def test_an_index_whose_header_is_damaged_is_named(copied: Path, name: str) -> None:
+    for before, after in ((b")", b"("), (b"{", b"%"), (b"'descr'", b"'descr$")):
+        damaged = (copied / name).read_bytes().replace(before, after, 1)
+        assert damaged != (copied / name).read_bytes()
+        kept = (copied / name).rename(copied / "kept")
+        (copied / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name}: damaged index file"):
+            ShardSet.open(copied)
+        kept.rename(copied / name)
+
+
 def test_an_index_of_an_earlier_version_is_read(packed: Path, copied: Path) -> None:
     """It held the first block and the length of each image."""
     places = [index_shard(shard)[1] for shard in sorted(copied.glob("*.tar"))]

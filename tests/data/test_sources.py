@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from drawn_faces import FaceFolder, drawn_image, encoded, tar_of
 
-from facetrain.data.index import index_tar
+from facetrain.data.index import FileSlices, index_tar
+from facetrain.data.shards import sha256_of
 from facetrain.data.sources import FaceSource, open_faces
 
 
@@ -213,6 +214,18 @@ def test_a_file_that_changes_size_is_named(face_folder: FaceFolder) -> None:
     (folder / "Ann/000.jpg").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"000\.jpg: changed while it was in use"):
         source.read(0)
+
+
+def test_a_file_that_the_disk_cannot_read_is_named(tmp_path: Path) -> None:
+    bad = Path("/proc/self/mem")  # its first byte is an input/output error, as on a bad disk
+    (tmp_path / "Ann").mkdir()
+    (tmp_path / "Ann/1.jpg").symlink_to(bad)
+    with pytest.raises(OSError, match=r"Input/output error: '.*/Ann/1\.jpg'$"):
+        open_faces([tmp_path]).read(0)
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'$"):
+        FileSlices([bad]).read(0, 0, 10)
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'$"):
+        sha256_of(bad)
 
 
 def test_threads_forks_and_pickles_read_the_same(face_folder: FaceFolder, tmp_path: Path) -> None:

@@ -200,6 +200,12 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         synthesize(tmp_path / "thesis.tex", **SMALL)
 
 
+def test_the_working_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^\.: expected a folder that takes its place .*, such as faces, which"):
+        synthesize(Path("."), **SMALL)
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [

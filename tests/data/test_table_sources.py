@@ -71,6 +71,12 @@ def test_a_wrong_csv_is_named(tmp_path: Path, content: bytes, message: str) -> N
         open_faces([tmp_path / "list.csv"])
 
 
+def test_a_csv_of_pixels_instead_of_paths_is_named(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"image,label\n{'0a' * 5000},1\n")
+    with pytest.raises(ValueError, match=r"list\.csv: no images in it: .* found '(0a){100}': no such file$"):
+        open_faces([tmp_path / "list.csv"])
+
+
 IMAGES = [encoded(drawn_image(seed)) for seed in range(12)]
 
 

@@ -1,6 +1,7 @@
 """Faces as a list: a CSV of path and label."""
 
 import csv
+import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -9,6 +10,8 @@ from facetrain.data.sources.folders import ImageFiles
 
 PATH_KEYS = ("path", "file", "filename", "image")
 """What a header can call the column of paths."""
+_SHOWN = 200
+"""Letters of a path that a message shows."""
 
 
 def open_csv(path: Path) -> Found:
@@ -23,20 +26,29 @@ def open_csv(path: Path) -> Found:
     """
     faces, skipped, files = list[Face](), list[SkippedImage](), list[str]()
     for file, label in _rows(path):
-        is_file = (path.parent / file).is_file()
-        fault = label_fault(label) or (None if is_file else "no such file")
-        if fault or printable(file) != file:
+        size = _size_bytes(path.parent / file)
+        fault = label_fault(label) or (None if size is not None else "no such file")
+        if fault or size is None or printable(file) != file:
             skipped.append(SkippedImage(printable(file), fault or "bad name: control characters"))
             continue
-        size = (path.parent / file).stat().st_size
         faces.append(Face(label, file, len(files), size))
         files.append(file)
     if not faces:
-        found = f", found '{skipped[0].name}': {skipped[0].reason}" if skipped else ""
+        found = f", found '{skipped[0].name[:_SHOWN]}': {skipped[0].reason}" if skipped else ""
         raise ValueError(f"{path}: no images in it: expected lines of path,label{found}")
     names = flat_names([(face.identity, face.name) for face in faces])
     faces = [face._replace(name=name) for face, name in zip(faces, names, strict=True)]
     return Found(faces, skipped, ImageFiles(path.parent, tuple(files)))
+
+
+def _size_bytes(file: Path) -> int | None:
+    """Return the length of a file; None where there is none, and where its name can't be one."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a column of pixels, for one
+            raise
+        return None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from facetrain.data.index import with_name
 from facetrain.data.sources.faces import Face, Found, Reader, SkippedImage, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp")
@@ -40,8 +41,13 @@ class ImageFiles:
 
         Raises:
             ValueError: Its length has changed.
+            OSError: It can't be read; the message names it.
         """
-        data = (self.folder / self.files[place]).read_bytes()
+        file = self.folder / self.files[place]
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise with_name(error, file) from None
         if len(data) != size_bytes:
             changed = f"{size_bytes} bytes before, {len(data)} now"
             raise ValueError(f"{self.where(place)}: changed while it was in use: {changed}")

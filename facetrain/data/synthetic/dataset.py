@@ -87,12 +87,17 @@ def synthesize(
         workers: Processes; all cores that this process may use by default.
 
     Raises:
-        ValueError: An argument is out of bounds, or `out` holds something else.
+        ValueError: An argument is out of bounds, or `out` holds something else, or can't be put in place whole.
     """
     arguments = _Arguments(num_identities, images_per_identity, heldout_identities, heldout_images, image_px, seed)
     _check(arguments, workers)
     if _is_complete(out, arguments):
         return SyntheticSummary(**json.loads((out / _SUMMARY_FILE).read_text())["summary"])
+    if not out.name or out.is_mount():
+        raise ValueError(
+            f"{out}: expected a folder that takes its place when it is complete, such as {out / 'faces'}, which neither"
+            " the working directory nor a mount point can"
+        )
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
