@@ -177,6 +177,8 @@ def _check_values_are_there(section: str, settings: Any, values: Any) -> None:
     for key in fields(settings):
         if values[key.name] is None and "None" not in str(key.type):
             raise ValueError(f"{section}.{key.name}: expected a value, got null")
+        if dataclasses.is_dataclass(key.type):
+            _check_values_are_there(f"{section}.{key.name}", key.type, values[key.name])
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:
