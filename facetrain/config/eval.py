@@ -1,5 +1,6 @@
 """Section `eval`: what a run is judged on."""
 
+import re
 from dataclasses import dataclass
 
 from facetrain.config.bounds import at_least
@@ -36,6 +37,8 @@ class EvalConfig:
         """Check the bounds."""
         at_least("eval.every_steps", self.every_steps, 0)
         at_least("eval.draws", self.draws, 1)
+        if not re.fullmatch(r"\w[\w.:\- ]*", self.dataset):  # else MLflow refuses all figures, by their names
+            raise ValueError(f"eval.dataset: expected letters, digits, blanks and _ - . :, got '{self.dataset}'")
         if self.images and self.pairs is None and not self.view1:
             raise ValueError("eval.pairs: expected a pairs file, since eval.images is given")
         for name in ("pairs", "view1", "open_set_people"):
