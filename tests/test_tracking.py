@@ -3,6 +3,7 @@ import json
 import os
 import sys
 import threading
+import time
 
 import pytest
 from distributed.ranks import run_ranks
@@ -178,6 +179,34 @@ def test_recording_a_step_opens_one_file_and_never_waits_for_a_server(tmp_path, 
         is_counting = False
         tracker.finish()
     assert seen == [("open", str(tmp_path / "metrics.jsonl"))] * 50
+
+
+class _SlowStore(http.server.BaseHTTPRequestHandler):
+    """Answers to a file as a server does that passes it on: after some seconds."""
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(4.0)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_may_take_its_time_to_store_a_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+    outbox = Outbox.start(tmp_path, experiment="slow", run_name="a", parameters={}, tags={})
+    outbox.add_artifact(tmp_path / "results.json")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _SlowStore) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        location = f"http://127.0.0.1:{server.server_address[1]}/files"
+        mlflow.MlflowClient().create_experiment("slow", artifact_location=location)
+        MlflowStore(outbox).send()
+        server.shutdown()
+    assert outbox.is_empty()
 
 
 def tracked_run():
