@@ -149,6 +149,16 @@ def test_what_is_remembered_of_logged_steps_does_not_grow(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
+def test_figures_that_could_not_be_written_are_written_at_the_end(tmp_path, caplog):
+    tracker = Tracker(TrackingConfig(backend="none"), tmp_path, World(), parameters={})
+    (tmp_path / "metrics.jsonl").mkdir()  # stands in the way, as a full disk does
+    tracker.metrics(1, {"train/loss": 1.0})
+    assert "kept for the next time" in caplog.text
+    (tmp_path / "metrics.jsonl").rmdir()
+    tracker.finish(status="KILLED")
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
 def test_the_end_waits_for_a_server_no_longer_than_it_may(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tracker_module, "CLOSE_WAIT_S", 0.1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
