@@ -1,11 +1,13 @@
 import http.server
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 
 import pytest
+from commands import ROOT, run
 from distributed.ranks import run_ranks
 from mlflow_server import free_port, mlflow_server, wait_until
 from proxy import TcpProxy
@@ -327,6 +329,23 @@ def test_where_a_run_was_logged_is_not_kept_with_a_secret(tmp_path, monkeypatch)
 def test_packages_that_are_not_installed_under_their_usual_names_have_no_version(monkeypatch):
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
     assert [tag for tag in environment.environment_tags() if tag.startswith("version.")] == ["version.torch"]
+
+
+def test_the_revision_is_that_of_the_package_not_of_a_checkout_around_it(tmp_path):
+    package = tmp_path / "venv" / "facetrain"
+    shutil.copytree(ROOT / "facetrain", package)
+    git = ("git", "-c", "user.name=me", "-c", "user.email=me@here")
+    code = "from facetrain.tracking.environment import environment_tags as e; print('git_commit' in e())"
+
+    def has_revision():
+        return run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(package.parent)).stdout.strip()
+
+    for words in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "mine")):
+        run(*git, *words, cwd=tmp_path)
+    assert has_revision() == "False"
+    for words in (("add", "venv"), ("commit", "-q", "-m", "its own")):
+        run(*git, *words, cwd=tmp_path)
+    assert has_revision() == "True"
 
 
 def track(world, folder):
