@@ -221,6 +221,20 @@ def test_a_server_may_take_its_time_to_store_a_file(tmp_path, monkeypatch):
     assert outbox.is_empty()
 
 
+def test_a_run_whose_files_cannot_be_stored_is_finished_all_the_same(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+    outbox = Outbox.start(tmp_path, experiment="facetrain", run_name="a", parameters={}, tags={})
+    outbox.add_artifact(tmp_path / "results.json")
+    outbox.update(status="FINISHED")
+    mlflow.MlflowClient().create_experiment("facetrain", artifact_location="http://127.0.0.1:9/files")
+    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
+        MlflowStore(outbox).send()
+    run, _ = tracked_run()
+    assert run.info.status == "FINISHED"
+    assert outbox.contents.artifacts == ["results.json"]
+
+
 def tracked_run():
     """Return the one run that MLflow knows, and what it was told of its loss."""
     client = mlflow.MlflowClient()

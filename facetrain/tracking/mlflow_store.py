@@ -52,14 +52,14 @@ class MlflowStore:
                 self._send_rows(rows)
                 self._outbox.update(sent_bytes=end)
                 self._is_in_doubt = False
-            for name in list(self._outbox.contents.artifacts):
-                with _time_to_store():
-                    self._send_artifact(name)
-                self._outbox.artifact_is_sent(name)
             status = self._outbox.contents.status
             if status != self._outbox.contents.sent_status:
                 self._send_status(status)
                 self._outbox.update(sent_status=status)
+            for name in list(self._outbox.contents.artifacts):
+                with _time_to_store():
+                    self._send_artifact(name)
+                self._outbox.artifact_is_sent(name)
         except BaseException as error:
             self._is_in_doubt = True  # a request may have arrived, though its answer didn't
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" and self._outbox.contents.run_id:
