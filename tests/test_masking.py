@@ -1,5 +1,7 @@
 import pytest
 
+from facetrain.command_line import config_yaml
+from facetrain.config import Config, DataConfig
 from facetrain.masking import mask_secrets
 
 
@@ -40,3 +42,10 @@ from facetrain.masking import mask_secrets
 )
 def test_what_looks_like_a_secret_is_masked_and_nothing_else(text: str, masked: str) -> None:
     assert mask_secrets(text) == masked
+
+
+def test_secrets_of_a_config_are_masked_however_long_its_lines_are() -> None:
+    for length in range(100):
+        shards = f"pipe:{'x' * length} --password hunter2 -u bob:hunter2 http://host/{{name}}"
+        config = Config(data=DataConfig(shards=shards, cache_dir="cache"))
+        assert "hunter2" not in mask_secrets(config_yaml(config)), length
