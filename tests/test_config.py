@@ -84,6 +84,16 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
         (["--eval.images", "[lfw]", "--eval.view1", "[a]"], ["eval.view1", "pairsDevTest.txt", "['a']"]),
         (["--eval.best_metric", "accuracy"], ["eval.best_metric", "'accuracy'", "heldout/FIGURE"]),
         (["--eval.best_metric", "heldout/eer"], ["eval.best_metric", "'heldout/eer'", "vr_at_far_1e-3"]),
+        (["--eval.best_metric", "heldout/rank1"], ["eval.best_metric", "'heldout/rank1'", "accuracy, auc"]),
+        (
+            ["--eval.best_metric", "lfw/closed_full/rank1"],
+            ["eval.best_metric", "'lfw/closed_full/rank1'", "closed-full"],
+        ),
+        (["--eval.best_metric", "lfw/closed-full/accuracy"], ["eval.best_metric", "rank1, rank5"]),
+        (
+            ["--eval.images", "[a]", "--eval.pairs", "p", "--eval.best_metric", "lfw/open-best-rowden/rank1"],
+            ["eval.best_metric", "needs eval.images and eval.open_set_people"],
+        ),
         (["--eval.best_metric", "lfw/accuracy"], ["eval.best_metric", "lfw/PROTOCOL/FIGURE"]),
         (["--eval.best_metric", "set/closed-full/rank1"], ["eval.best_metric", "lfw/PROTOCOL/FIGURE"]),
         (["--eval.best_metric", "lfw/closed-full/rank1"], ["eval.best_metric", "needs eval.images"]),
@@ -156,5 +166,11 @@ def test_every_key_has_a_docstring_in_the_help(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_choosing_a_checkpoint_on_what_is_published_is_known(metric: str, expected: bool) -> None:
-    config = EvalConfig(images=("lfw",), pairs="pairs.txt", view1=("train.txt", "test.txt"), best_metric=metric)
+    config = EvalConfig(
+        images=("lfw",),
+        pairs="pairs.txt",
+        view1=("train.txt", "test.txt"),
+        open_set_people="people.txt",
+        best_metric=metric,
+    )
     assert config.chooses_on_test is expected
