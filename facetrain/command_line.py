@@ -117,7 +117,8 @@ def config_yaml(config: Config) -> str:
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for section, values in dataclasses.asdict(config).items()
     }
-    return yaml.dump(plain, Dumper=Dumper, sort_keys=False)
+    # A setting is a line, however long: in one that is cut, `mask_secrets` may not see which word belongs to a flag.
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, width=float("inf"))
 
 
 def differing_keys(a: Config, b: Config, *, ignore: Sequence[str] = ()) -> list[str]:
@@ -177,6 +178,8 @@ def _check_values_are_there(section: str, settings: Any, values: Any) -> None:
     for key in fields(settings):
         if values[key.name] is None and "None" not in str(key.type):
             raise ValueError(f"{section}.{key.name}: expected a value, got null")
+        if dataclasses.is_dataclass(key.type):
+            _check_values_are_there(f"{section}.{key.name}", key.type, values[key.name])
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:

@@ -74,6 +74,9 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
         (["--mining.mode", "gathered", "--mining.lag_steps", "1"], ["mining.lag_steps", "data.workers", "4", "1"]),
         (["--mining.similarity_cap", "1.5"], ["mining.similarity_cap", "(0, 1]", "1.5"]),
         (["--tracking.sweep", "a/b"], ["tracking.sweep", "without /", "a/b"]),
+        (["--tracking.experiment", ""], ["tracking.experiment", "a name"]),
+        (["--eval.dataset", "faces (clean)"], ["eval.dataset", "letters", "faces (clean)"]),
+        (["--eval.dataset", ".hidden"], ["eval.dataset", ".hidden"]),
         (["--mining.max_appearances", "0"], ["mining.max_appearances", "1 or more", "0"]),
         (["--mining.images_per_class", "3"], ["mining.images_per_class", "3"]),
         (["--eval.images", "[lfw]"], ["eval.pairs", "eval.images"]),
@@ -81,6 +84,16 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
         (["--eval.images", "[lfw]", "--eval.view1", "[a]"], ["eval.view1", "pairsDevTest.txt", "['a']"]),
         (["--eval.best_metric", "accuracy"], ["eval.best_metric", "'accuracy'", "heldout/FIGURE"]),
         (["--eval.best_metric", "heldout/eer"], ["eval.best_metric", "'heldout/eer'", "vr_at_far_1e-3"]),
+        (["--eval.best_metric", "heldout/rank1"], ["eval.best_metric", "'heldout/rank1'", "accuracy, auc"]),
+        (
+            ["--eval.best_metric", "lfw/closed_full/rank1"],
+            ["eval.best_metric", "'lfw/closed_full/rank1'", "closed-full"],
+        ),
+        (["--eval.best_metric", "lfw/closed-full/accuracy"], ["eval.best_metric", "rank1, rank5"]),
+        (
+            ["--eval.images", "[a]", "--eval.pairs", "p", "--eval.best_metric", "lfw/open-best-rowden/rank1"],
+            ["eval.best_metric", "needs eval.images and eval.open_set_people"],
+        ),
         (["--eval.best_metric", "lfw/accuracy"], ["eval.best_metric", "lfw/PROTOCOL/FIGURE"]),
         (["--eval.best_metric", "set/closed-full/rank1"], ["eval.best_metric", "lfw/PROTOCOL/FIGURE"]),
         (["--eval.best_metric", "lfw/closed-full/rank1"], ["eval.best_metric", "needs eval.images"]),
@@ -108,6 +121,9 @@ def test_a_wrong_flag_is_one_line_that_names_the_key(argv: list[str], words: lis
         ("train: [1, 2]", ["train", "[1, 2]"]),
         ("train: {steps: null}", ["train.steps", "null"]),
         ("run: {resume: null}", ["run.resume", "null"]),
+        ("loss: {group: [1, 2]}", ["loss.group", "keys and values", "[1, 2]"]),
+        ("loss: {group: null}", ["loss.group", "null"]),
+        ("loss: {group: {anchors: null}}", ["loss.group.anchors", "null"]),
         ("[1, 2]", ["c.yaml"]),
         ("train: {steps: 3", ["c.yaml"]),
     ],
@@ -150,5 +166,11 @@ def test_every_key_has_a_docstring_in_the_help(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_choosing_a_checkpoint_on_what_is_published_is_known(metric: str, expected: bool) -> None:
-    config = EvalConfig(images=("lfw",), pairs="pairs.txt", view1=("train.txt", "test.txt"), best_metric=metric)
+    config = EvalConfig(
+        images=("lfw",),
+        pairs="pairs.txt",
+        view1=("train.txt", "test.txt"),
+        open_set_people="people.txt",
+        best_metric=metric,
+    )
     assert config.chooses_on_test is expected

@@ -1,5 +1,8 @@
 import pytest
+import yaml
 
+from facetrain.command_line import config_yaml
+from facetrain.config import Config, DataConfig
 from facetrain.masking import mask_secrets
 
 
@@ -40,3 +43,27 @@ from facetrain.masking import mask_secrets
 )
 def test_what_looks_like_a_secret_is_masked_and_nothing_else(text: str, masked: str) -> None:
     assert mask_secrets(text) == masked
+
+
+def test_secrets_of_a_config_are_masked_however_long_its_lines_are() -> None:
+    for length in range(100):
+        shards = f"pipe:{'x' * length} --password hunter2 -u bob:hunter2 http://host/{{name}}"
+        config = Config(data=DataConfig(shards=shards, cache_dir="cache"))
+        assert "hunter2" not in mask_secrets(config_yaml(config)), length
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "curl -H 'Accept: a' -u 'bob:hunter2' u",  # with ': ' in it YAML writes '' for each '
+        "curl -H 'Accept: a' --user='bob:hunter2' u",
+        "PASSWORD='hunter2 hunter2' curl -H 'Accept: a' u",
+        'curl \u00e9 -u "bob:hunter2" u',  # with a letter that isn't ASCII \" for each "
+        'curl \u00e9 --token "hunter2 hunter2" u',
+        'curl \u00e9 -H "Authorization: Basic hunter2 hunter2" u',
+    ],
+)
+def test_secrets_of_a_config_are_masked_in_whatever_quotes_they_are(command: str) -> None:
+    masked = mask_secrets(config_yaml(Config(data=DataConfig(shards=f"pipe:{command}/{{name}}", cache_dir="cache"))))
+    assert "hunter2" not in masked
+    assert yaml.safe_load(masked)["data"]["shards"].endswith("u/{name}")

@@ -1,10 +1,13 @@
 import http.server
 import json
 import os
+import shutil
 import sys
 import threading
+import time
 
 import pytest
+from commands import ROOT, run
 from distributed.ranks import run_ranks
 from mlflow_server import free_port, mlflow_server, wait_until
 from proxy import TcpProxy
@@ -148,6 +151,16 @@ def test_what_is_remembered_of_logged_steps_does_not_grow(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
+def test_figures_that_could_not_be_written_are_written_at_the_end(tmp_path, caplog):
+    tracker = Tracker(TrackingConfig(backend="none"), tmp_path, World(), parameters={})
+    (tmp_path / "metrics.jsonl").mkdir()  # stands in the way, as a full disk does
+    tracker.metrics(1, {"train/loss": 1.0})
+    assert "kept for the next time" in caplog.text
+    (tmp_path / "metrics.jsonl").rmdir()
+    tracker.finish(status="KILLED")
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
 def test_the_end_waits_for_a_server_no_longer_than_it_may(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tracker_module, "CLOSE_WAIT_S", 0.1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
@@ -178,6 +191,48 @@ def test_recording_a_step_opens_one_file_and_never_waits_for_a_server(tmp_path, 
         is_counting = False
         tracker.finish()
     assert seen == [("open", str(tmp_path / "metrics.jsonl"))] * 50
+
+
+class _SlowStore(http.server.BaseHTTPRequestHandler):
+    """Answers to a file as a server does that passes it on: after some seconds."""
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(4.0)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_may_take_its_time_to_store_a_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+    outbox = Outbox.start(tmp_path, experiment="slow", run_name="a", parameters={}, tags={})
+    outbox.add_artifact(tmp_path / "results.json")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _SlowStore) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        location = f"http://127.0.0.1:{server.server_address[1]}/files"
+        mlflow.MlflowClient().create_experiment("slow", artifact_location=location)
+        MlflowStore(outbox).send()
+        server.shutdown()
+    assert outbox.is_empty()
+
+
+def test_a_run_whose_files_cannot_be_stored_is_finished_all_the_same(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+    outbox = Outbox.start(tmp_path, experiment="facetrain", run_name="a", parameters={}, tags={})
+    outbox.add_artifact(tmp_path / "results.json")
+    outbox.update(status="FINISHED")
+    mlflow.MlflowClient().create_experiment("facetrain", artifact_location="http://127.0.0.1:9/files")
+    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
+        MlflowStore(outbox).send()
+    run, _ = tracked_run()
+    assert run.info.status == "FINISHED"
+    assert outbox.contents.artifacts == ["results.json"]
 
 
 def tracked_run():
@@ -288,6 +343,23 @@ def test_where_a_run_was_logged_is_not_kept_with_a_secret(tmp_path, monkeypatch)
 def test_packages_that_are_not_installed_under_their_usual_names_have_no_version(monkeypatch):
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
     assert [tag for tag in environment.environment_tags() if tag.startswith("version.")] == ["version.torch"]
+
+
+def test_the_revision_is_that_of_the_package_not_of_a_checkout_around_it(tmp_path):
+    package = tmp_path / "venv" / "facetrain"
+    shutil.copytree(ROOT / "facetrain", package)
+    git = ("git", "-c", "user.name=me", "-c", "user.email=me@here")
+    code = "from facetrain.tracking.environment import environment_tags as e; print('git_commit' in e())"
+
+    def has_revision():
+        return run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(package.parent)).stdout.strip()
+
+    for words in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "mine")):
+        run(*git, *words, cwd=tmp_path)
+    assert has_revision() == "False"
+    for words in (("add", "venv"), ("commit", "-q", "-m", "its own")):
+        run(*git, *words, cwd=tmp_path)
+    assert has_revision() == "True"
 
 
 def track(world, folder):

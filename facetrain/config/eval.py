@@ -1,10 +1,26 @@
 """Section `eval`: what a run is judged on."""
 
+import re
 from dataclasses import dataclass
 
 from facetrain.config.bounds import at_least
 
-_MORE_IS_BETTER = ("accuracy", "auc", "vr_at_far_1e-2", "vr_at_far_1e-3", "rank1", "rank5", "dir_rank1_at_far_1e-2")
+_OF_PAIRS = ("accuracy", "auc", "vr_at_far_1e-2", "vr_at_far_1e-3")
+_MORE_IS_BETTER = {
+    "heldout": _OF_PAIRS,
+    "verification": _OF_PAIRS,
+    "view1": ("accuracy",),
+    "closed-full": ("rank1", "rank5"),
+    "closed-surrogate": ("rank1", "rank5"),
+    "open-best-rowden": ("rank1", "dir_rank1_at_far_1e-2"),
+    "open-best-rowden-single": ("rank1", "dir_rank1_at_far_1e-2"),
+    "open-counts": ("rank1",),
+}
+"""What a run measures of which more is better: of held-out pairs, and by each protocol of an evaluation set."""
+_LISTS = {"verification": "pairs", "view1": "view1"} | dict.fromkeys(
+    ("closed-surrogate", "open-best-rowden", "open-best-rowden-single"), "open_set_people"
+)
+"""The key of the list without which a protocol isn't run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +52,8 @@ class EvalConfig:
         """Check the bounds."""
         at_least("eval.every_steps", self.every_steps, 0)
         at_least("eval.draws", self.draws, 1)
+        if not re.fullmatch(r"\w[\w.:\- ]*", self.dataset):  # else MLflow refuses all figures, by their names
+            raise ValueError(f"eval.dataset: expected letters, digits, blanks and _ - . :, got '{self.dataset}'")
         if self.images and self.pairs is None and not self.view1:
             raise ValueError("eval.pairs: expected a pairs file, since eval.images is given")
         for name in ("pairs", "view1", "open_set_people"):
@@ -51,10 +69,17 @@ class EvalConfig:
         return self.best_metric.startswith("lfw/") and not self.best_metric.startswith("lfw/view1/")
 
     def _check_best_metric(self) -> None:
-        parts, what = self.best_metric.split("/"), f"eval.best_metric: '{self.best_metric}'"
-        known = (parts[0] == "heldout" and len(parts) == 2) or (parts[0] == self.dataset and len(parts) == 3)
-        if not known or parts[-1] not in _MORE_IS_BETTER:
-            expected = f"heldout/FIGURE or {self.dataset}/PROTOCOL/FIGURE, of {', '.join(_MORE_IS_BETTER)}"
-            raise ValueError(f"{what}, expected {expected}")
-        if parts[0] != "heldout" and not (self.images and (self.view1 or parts[1] != "view1")):
-            raise ValueError(f"{what} needs eval.images{' and eval.view1' if parts[1] == 'view1' else ''}")
+        *source, figure = self.best_metric.split("/")
+        what, protocol = f"eval.best_metric: '{self.best_metric}'", source[-1] if source else ""
+        is_heldout = source == ["heldout"]
+        is_known = is_heldout or (source[:-1] == [self.dataset] and protocol in _MORE_IS_BETTER.keys() - {"heldout"})
+        if not is_known:
+            protocols = ", ".join(list(_MORE_IS_BETTER)[1:])
+            raise ValueError(
+                f"{what}, expected heldout/FIGURE or {self.dataset}/PROTOCOL/FIGURE, the protocol of {protocols}"
+            )
+        if figure not in _MORE_IS_BETTER[protocol]:
+            raise ValueError(f"{what}, expected a figure of {', '.join(_MORE_IS_BETTER[protocol])}")
+        needed = _LISTS.get(protocol)
+        if not is_heldout and not (self.images and (needed is None or getattr(self, needed))):
+            raise ValueError(f"{what} needs eval.images{f' and eval.{needed}' if needed else ''}")

@@ -54,6 +54,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         """Check the names."""
+        if not self.experiment:
+            raise ValueError("tracking.experiment: expected a name, got ''")
         for key in ("sweep", "register_as"):
             name = getattr(self, key)
             if name is not None and (not name or set("/:'") & set(name)):

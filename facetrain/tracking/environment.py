@@ -21,8 +21,9 @@ def environment_tags() -> dict[str, str]:
         "world_size": str(launched_world_size()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    git = {"git_commit": git_commit(), "git_changes": _git("status --porcelain")[:5000]}
-    return tags | {tag: value for tag, value in git.items() if value or git["git_commit"]}
+    if commit := git_commit():
+        tags |= {"git_commit": commit, "git_changes": _git("status --porcelain")[:5000]}
+    return tags
 
 
 def _versions() -> dict[str, str]:
@@ -35,8 +36,11 @@ def _versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Return the revision of this package where it is a checkout; else nothing."""
-    return _git("rev-parse HEAD")
+    """Return the revision of this package where it is a checkout; else nothing.
+
+    Installed below a checkout of something else, as in its virtual environment, git would answer for that.
+    """
+    return _git("rev-parse HEAD") if _git(f"ls-files {Path(__file__).name}") else ""
 
 
 def _git(command: str) -> str:

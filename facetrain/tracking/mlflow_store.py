@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from facetrain.tracking.outbox import Outbox
 _KEY_TAG = "facetrain.key"
 _SWEEP_TAG = "facetrain.sweep"
 _SQLITE = "sqlite:///"
+_TIMEOUT, _ANSWER_S, _STORE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "3", "120"
+"""MLflow's setting, and for how long an answer is waited for: to figures, and to a file."""
 _BATCH = 100
 """Parameters or tags that MLflow takes in one request."""
 
@@ -26,7 +29,7 @@ class MlflowStore:
         """Import mlflow; nothing is sent or asked before `send`."""
         # With the defaults a call hangs for four minutes when the server is gone.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+        os.environ.setdefault(_TIMEOUT, _ANSWER_S)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         import mlflow  # noqa: F401 - takes a second, which is better spent here than in the sending thread
@@ -49,13 +52,14 @@ class MlflowStore:
                 self._send_rows(rows)
                 self._outbox.update(sent_bytes=end)
                 self._is_in_doubt = False
-            for name in list(self._outbox.contents.artifacts):
-                self._send_artifact(name)
-                self._outbox.artifact_is_sent(name)
             status = self._outbox.contents.status
             if status != self._outbox.contents.sent_status:
                 self._send_status(status)
                 self._outbox.update(sent_status=status)
+            for name in list(self._outbox.contents.artifacts):
+                with _time_to_store():
+                    self._send_artifact(name)
+                self._outbox.artifact_is_sent(name)
         except BaseException as error:
             self._is_in_doubt = True  # a request may have arrived, though its answer didn't
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" and self._outbox.contents.run_id:
@@ -171,6 +175,19 @@ class MlflowStore:
             self._client.update_run(run_id, status=status)
         else:
             self._client.set_terminated(run_id, status)
+
+
+@contextmanager
+def _time_to_store() -> Iterator[None]:
+    """Wait longer for an answer: servers give it once they have passed the file on, as to S3. A user's limit stays."""
+    is_ours = os.environ.get(_TIMEOUT) == _ANSWER_S
+    if is_ours:
+        os.environ[_TIMEOUT] = _STORE_S
+    try:
+        yield
+    finally:
+        if is_ours:
+            os.environ[_TIMEOUT] = _ANSWER_S
 
 
 def _to_remember(uri: str) -> str:

@@ -108,6 +108,8 @@ class Tracker:
 
     def finish(self, *, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End MLflow's run, after what is left to send or a while; a continued job opens it again."""
+        if self._unwritten:
+            self._write("")  # there is no other next time
         if self._sender is not None:
             self._sender.close(status)
 
