@@ -3,21 +3,15 @@
 Dims: V = 2 views of a pair (0 anchor, 1 positive), n pairs on this rank, H x W pixels, C channels.
 """
 
-import gc
-import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
-from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -29,6 +23,7 @@ from facetrain.config import DataConfig
 from facetrain.data.augment import draw_augmentations
 from facetrain.data.cached import HeldShards
 from facetrain.data.device_decode import check_decoder, decode_on_device
+from facetrain.data.loader_worker import signals_kept_from_workers, start_worker
 from facetrain.data.plan import Plan, StepPlan, pairs_per_rank
 from facetrain.data.reading import FaceReader
 from facetrain.data.shards import ShardSet
@@ -90,7 +85,7 @@ class PairLoader:
                 batch_size=None,
                 num_workers=config.workers,
                 prefetch_factor=config.prefetch if config.workers else None,
-                worker_init_fn=_start_worker if config.workers else None,
+                worker_init_fn=start_worker if config.workers else None,
                 multiprocessing_context=config.start_method if config.workers and sys.platform == "linux" else None,
                 # The DataLoader draws a seed for its workers: not from the global generator, or resuming would differ.
                 generator=torch.Generator(),
@@ -119,7 +114,7 @@ class PairLoader:
         if self._batches is None:
             if self._ahead and self._config.decode == "cpu":  # before the workers, which are to share it
                 self._faces.make_places(self._ahead + 1, self._pairs_here)
-            with _silent_about_cores(), _signals_kept_from_workers(self._config):
+            with _silent_about_cores(), signals_kept_from_workers(self._config):
                 self._batches = iter(self._loader)
         decoded = next(self._batches)
         if isinstance(decoded, Exception):
@@ -287,38 +282,3 @@ class _DecodedPairs(Dataset[_Decoded | Exception]):
     def _shape(self, num_pairs: int) -> tuple[int, ...]:
         side, channels = self._config.image_px, self._config.channels
         return 2, num_pairs, side, side, channels
-
-
-# A cluster or a terminal that ends a job signals all its processes, but when to stop is for the training process to
-# decide: it may still take some steps, and a worker's death would raise in the middle of its last checkpoint.
-_OF_A_JOB = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP})
-
-
-@contextmanager
-def _signals_kept_from_workers(config: DataConfig) -> Iterator[None]:
-    """Let workers start with a job's signals blocked: threads that their imports start couldn't be told later."""
-    if not config.workers or sys.platform != "linux":
-        yield
-        return
-    if config.start_method == "spawn":
-        resource_tracker.ensure_running()  # its start would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_JOB)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(worker_id: int) -> None:
-    """Prepare a worker process."""
-    gc.freeze()  # or the first collection would write to, and so copy, all that was imported before the fork
-    cv2.setNumThreads(0)  # its thread pool doesn't survive a fork, and the workers are the parallelism
-    if sys.platform == "linux":
-        Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_parent(parent: int) -> None:
-    """Exit on the parent's SIGTERM, which is blocked everywhere; swallow everybody else's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
