@@ -55,6 +55,8 @@ def embed_to_file(run: Path, images: Sequence[Path], options: EmbedOptions, out:
     """
     if out.suffix not in (".npz", ".parquet"):
         raise ValueError(f"--out: expected a file .npz or .parquet, got {out}")
+    if out.is_dir():
+        raise ValueError(f"--out: expected a file, {out} is a folder")
     if out.suffix == ".parquet":
         check_parquet(out)
     network, aligner = open_network(run, options.onnx), open_aligner(options)

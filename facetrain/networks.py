@@ -57,7 +57,13 @@ class Network:
     """Checksum of its weights; a run that still trains has others by and by."""
 
     def fitting_batch(self, world: World) -> int:
-        """Return how many images one forward takes, the same on every rank; all ranks must call."""
+        """Return how many images one forward takes, the same on every rank; all ranks must call.
+
+        Raises:
+            ValueError: The ranks opened different weights, as of a run that still trains.
+        """
+        if len(set(world.all_gather_object(self.sha256))) > 1:  # over all ranks: they must be the same
+            raise ValueError(f"{self.file}: changed while it was opened; give the model.safetensors of one checkpoint")
         if isinstance(self.backbone, OnnxBackbone):  # onnxruntime may run it on the CPU, and has memory of its own
             return BATCH_IMAGES
         shape = (self.data.image_px, self.data.image_px, self.data.channels)

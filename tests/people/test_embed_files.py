@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from facetrain.cli import main
 from facetrain.data.images import ImageSet, open_images
 from facetrain.data.sources import open_faces
 from facetrain.evaluation.embeddings_npz import load_embeddings_npz, network_of_embeddings
+from facetrain.models.onnx_backbone import OnnxInput
 from facetrain.networks import EmbedOptions, Photographs, embed_readable, network_sha256, open_network
-from facetrain.world import start_world
+from facetrain.world import World, start_world
 
 
 def embed(*words: str | Path) -> None:
@@ -226,6 +228,7 @@ def test_the_file_names_the_weights_that_were_read_where_the_run_has_others_by_t
     [
         (["--out", "e.csv"], "--out: expected a file .npz or .parquet"),
         (["nowhere", "--out", "e.npz"], "nowhere: no such folder"),
+        (["--out", "folder.npz"], "--out: expected a file, folder.npz is a folder"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -238,10 +241,23 @@ def test_what_cannot_be_done_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("folder.npz").mkdir()
     with pytest.raises(SystemExit) as end:
         embed(pictures, *words, "--checkpoint", run)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+class OtherWeights(World):
+    """A world whose other rank has opened a later checkpoint."""
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value, "of a later checkpoint"]
+
+
+def test_ranks_that_read_different_weights_are_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\d*: changed while it was opened; give the model\.safetensors of one"):
+        open_network(run, OnnxInput()).fitting_batch(OtherWeights())
 
 
 @pytest.mark.slow
