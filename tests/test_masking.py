@@ -57,7 +57,7 @@ def test_secrets_of_a_config_are_masked_however_long_its_lines_are() -> None:
     [
         "curl -H 'Accept: a' -u 'bob:hunter2' u",  # with ': ' in it YAML writes '' for each '
         "curl -H 'Accept: a' --user='bob:hunter2' u",
-        "PASSWORD='hunter2 hunter2' curl -H 'Accept: a' u",
+        "PASSWORD='my secret words hunter2' curl -H 'Accept: a' u",
         'curl \u00e9 -u "bob:hunter2" u',  # with a letter that isn't ASCII \" for each "
         'curl \u00e9 --token "hunter2 hunter2" u',
         'curl \u00e9 -H "Authorization: Basic hunter2 hunter2" u',
