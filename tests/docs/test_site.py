@@ -51,6 +51,7 @@ def test_internal_links_lead_somewhere(page: Path) -> None:
             file, _, anchor = link.partition("#")
             target = page.parent / file if file else page
             assert target.is_file(), link
+            assert target.resolve().is_relative_to(page.parent), f"{link}: not part of the site"
             assert not anchor or anchor in anchors_of(target), link
 
 
