@@ -73,6 +73,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         (["check", "--world-sizes", "2,3", "--train.global_pairs", "8"], ["train.global_pairs", "3 processes", "8"]),
         (["check", "--run.rendezvous_timeout_s", "0"], ["run.rendezvous_timeout_s", "1 or more"]),
         (["check", "--run.seed", str(1 << 64)], ["run.seed", "0 to 4294967295", str(1 << 64)]),
+        (["check", "--run.timeout_s", "1e300"], ["run.timeout_s", "1e+09 at most", "1e+300"]),
         (["check", "--run.seed", "-1"], ["run.seed", "0 to 4294967295", "-1"]),
         (["estimate", "--identities", "0"], ["--identities", "128 or more", "0"]),
         (["pack", "nowhere", "out"], ["nowhere"]),

@@ -5,6 +5,9 @@ from typing import Literal
 
 from facetrain.config.bounds import at_least
 
+_LONGEST_S = 1e9
+"""Some thirty years: process groups count nanoseconds, which don't go much further."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -31,9 +34,11 @@ class RunConfig:
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"run.seed: expected 0 to {(1 << 32) - 1}, got {self.seed}")
         at_least("run.rendezvous_timeout_s", self.rendezvous_timeout_s, 1)
-        for name in ("timeout_s", "checkpoint_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"run.{name}: expected more than 0 seconds, got {getattr(self, name)}")
+        for name in ("timeout_s", "rendezvous_timeout_s", "checkpoint_timeout_s"):
+            if not 0 < getattr(self, name) <= _LONGEST_S:
+                raise ValueError(
+                    f"run.{name}: expected more than 0 seconds, {_LONGEST_S:g} at most, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,6 +253,11 @@ class FileSlices:
                 data += more
         except OSError as error:
             raise with_name(error, self.paths[file]) from None
+        except (OverflowError, MemoryError):
+            raise ValueError(
+                f"{self.paths[file]}: its index places {size_bytes} bytes at byte {offset}, which no file holds;"
+                " `facetrain pack`, run again, repairs it"
+            ) from None
         return data
 
     def __reduce__(self) -> tuple[Any, ...]:

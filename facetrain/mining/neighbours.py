@@ -18,6 +18,9 @@ from facetrain.world import World
 GRAPH_BYTES = 256 * 2**20
 """Bound on the memory of a graph on the host, 8 bytes a neighbour."""
 
+KEPT_ROWS_BYTES = 256 * 2**20
+"""Bound on the memory of the rows that were computed anew and are kept."""
+
 PRODUCTS_PER_GREEDY_PRODUCT = 5
 """Products of a graph in the time of one of greedy selection: measured by benchmarks/mining.py."""
 
@@ -98,7 +101,9 @@ def neighbour_graph(
 
 
 def _exact_rows(anchors_CD: Tensor, p_CD: Tensor) -> Extend:
-    @lru_cache(maxsize=4096)  # the batches of a round meet the same hubs
+    row_bytes = 8 * len(anchors_CD)  # of a whole one: index and score
+
+    @lru_cache(maxsize=max(1, KEPT_ROWS_BYTES // row_bytes))  # the batches of a round meet the same hubs
     @torch.no_grad()
     def extend(s: int, length: int) -> Row:
         top = (p_CD @ anchors_CD[s]).float().topk(length)

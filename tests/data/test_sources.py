@@ -228,6 +228,13 @@ def test_a_file_that_the_disk_cannot_read_is_named(tmp_path: Path) -> None:
         sha256_of(bad)
 
 
+@pytest.mark.parametrize(("offset", "size_bytes"), [(1 << 63, 10), (0, 1 << 62)])
+def test_a_place_that_no_file_has_is_of_a_damaged_index(tmp_path: Path, offset: int, size_bytes: int) -> None:
+    (tmp_path / "a.tar").write_bytes(b"short")
+    with pytest.raises(ValueError, match=rf"a\.tar: its index places {size_bytes} bytes at byte {offset}"):
+        FileSlices([tmp_path / "a.tar"]).read(0, offset, size_bytes)
+
+
 def test_threads_forks_and_pickles_read_the_same(face_folder: FaceFolder, tmp_path: Path) -> None:
     source = open_faces([tar_of(face_folder({"Ann": 20, "Bo": 20}), tmp_path / "a.tar")])
     expected = contents(source)
