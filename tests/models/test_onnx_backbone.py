@@ -152,3 +152,22 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             OnnxBackbone(tmp_path / "odd.onnx", OnnxInput())
     with pytest.raises(ValueError, match="std: expected more than 0, got 0"):
         OnnxInput(std=0)
+
+
+def test_a_rank_runs_the_network_on_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    asked: list[list[object]] = []
+    real = onnxruntime.InferenceSession
+
+    def session(file: str, options: object, providers: list[object]) -> object:
+        asked.append(providers)
+        return real(file, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    write_onnx(tmp_path / "net.onnx")
+    OnnxBackbone(tmp_path / "net.onnx", OnnxInput())
+    assert asked == [[("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"]]
