@@ -10,6 +10,13 @@ fail() {
     exit 2
 }
 
+# Prints the comment at the head of the script and ends it, where its first word asks for that.
+help_if_asked() {
+    [[ "${1:-}" == --help || "${1:-}" == -h ]] || return 0
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
 # make_environment package|dev: makes .venv with the package, its pinned dependencies and, with 'dev', the tools of the
 # tests; nothing where that is done already. A stamp holds the hash of what was installed.
 make_environment() {

@@ -10,6 +10,7 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+help_if_asked "$@"
 
 identities=500
 images=()

@@ -23,6 +23,16 @@ def test_a_script_is_valid_bash(script: Path) -> None:
     assert run("bash", "-n", script).returncode == 0
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "quickstart.sh", "sweep.sh"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_a_script_says_how_it_is_called(script: str, flag: str, tmp_path: Path) -> None:
+    done = launch(script, flag, cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"  bash launch/{script} [-" in done.stdout or f"  bash launch/{script} --" in done.stdout
+    assert "set -euo" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.name for script in SCRIPTS])
 def test_a_script_holds_no_personal_path(script: Path) -> None:
     for word in ("/home/", "/root/", "/Users/", "git checkout", "git clone"):
