@@ -33,8 +33,7 @@ def announce(
     settings = "".join(f"\n  {key}: {value}" for key, value in config.flat().items() if value != defaults[key])
     log.info(mask_secrets(f"settings that aren't the defaults; {folder.path / 'config.yaml'} has all{settings}"))
     _announce_data(config, inputs)
-    parameters = sum(p.numel() for p in engine.backbone.parameters())
-    log.info(f"{config.model.name}: {parameters / 1e6:.2f} million parameters, on {world.device}")
+    log.info(f"{config.model.name}: {engine.num_parameters / 1e6:.2f} million parameters, on {world.device}")
     warning = slow_precision_warning(config.train.precision, world.device)
     if warning:
         log.warning(warning)

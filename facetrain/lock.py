@@ -17,7 +17,7 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def hold_folder(folder: Path, *, name: str = "") -> Iterator[None]:
+def hold_folder(folder: Path, *, name: str = "", wait_s: float = 0.0) -> Iterator[None]:
     """Hold an existing folder for this process.
 
     The kernel keeps the lock and lets go when the process ends, by kill -9 too. Processes forked meanwhile, such as
@@ -26,6 +26,7 @@ def hold_folder(folder: Path, *, name: str = "") -> Iterator[None]:
     Args:
         folder: What only one process may write to.
         name: What the user calls the folder, such as `run.dir: runs/a`; its path if not given.
+        wait_s: Seconds to wait for whoever holds it.
 
     Raises:
         ValueError: Another process holds it; one line says which, on which host, since when, and what to do.
@@ -33,14 +34,15 @@ def hold_folder(folder: Path, *, name: str = "") -> Iterator[None]:
     file = folder / LOCK_FILE
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        owner = _read_owner(descriptor)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, wait_s)
         except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves open
+            owner = _read_owner(descriptor)
             raise ValueError(f"{name or folder}: in use by {_describe(owner)}; {_advice(owner, file)}") from None
         except OSError as error:
             log.warning(f"{file}: this file system keeps no locks ({error}); don't start a second job on this folder")
         else:
+            owner = _read_owner(descriptor)
             if owner and owner.get("host") != socket.gethostname():
                 log.warning(
                     f"{folder}: taken over from {_describe(owner)}, which didn't end cleanly; if it still runs, this"
@@ -53,6 +55,18 @@ def hold_folder(folder: Path, *, name: str = "") -> Iterator[None]:
             _write(descriptor, "")
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, wait_s: float) -> None:
+    give_up_at = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= give_up_at:
+                raise
+        time.sleep(1.0)
 
 
 def _read_owner(descriptor: int) -> dict[str, object]:

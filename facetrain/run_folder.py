@@ -63,6 +63,8 @@ FREE_KEYS = (
 _SEEN_WITHIN_S = 90.0
 """Seconds that other hosts may take to see a new file: NFS takes a folder that was looked up before it existed for
 missing for up to 60 s."""
+_LOST_LOCK_WITHIN_S = 120.0
+"""Seconds that a restarted job waits for the lock of the one before: NFS keeps that of a dead host for up to 90 s."""
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "FACETRAIN_RESTART_COUNT")
 """Environment variables of torchrun, SLURM and launch/torchrun.sh: how often each has started this job again."""
 
@@ -99,6 +101,8 @@ def open_run_folder(config: Config, *, restarted: bool | None = None) -> RunFold
             asked for, none where one must be, or checkpoints of which none is whole.
     """
     path = Path(config.run.dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"run.dir: expected a folder, {path} is a file")
     stored, (newest, damaged) = path / "config.yaml", newest_checkpoint(path)
     if damaged and newest is None:
         each = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged.items())
@@ -139,9 +143,10 @@ def claim_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
             path = Path(config.run.dir)
             if not path.is_dir():
                 open_run_folder(config, restarted=restarted)  # before anything is made
-                path.mkdir(parents=True)
+                path.mkdir(parents=True, exist_ok=True)  # by now another job may have
             if not _is_finished(path):
-                held.enter_context(hold_folder(path, name=f"run.dir: {path}"))
+                wait_s = _LOST_LOCK_WITHIN_S if restarted else 0.0
+                held.enter_context(hold_folder(path, name=f"run.dir: {path}", wait_s=wait_s))
             folder = open_run_folder(config, restarted=restarted)
             if not folder.is_finished:
                 (path / "logs").mkdir(exist_ok=True)
@@ -166,10 +171,11 @@ def _check_all_see(path: Path, world: World) -> None:
     probe = path / "logs" / f".seen-{world.broadcast_object(uuid.uuid4().hex)}"
     world.on_main(probe.touch)
     give_up_at = time.monotonic() + _SEEN_WITHIN_S
-    while not probe.exists() and time.monotonic() < give_up_at:
+    # os.path takes any error of the file system for no file, so that no rank leaves the others waiting in the gather.
+    while not os.path.exists(probe) and time.monotonic() < give_up_at:
         time.sleep(0.1)
     with world.waiting_up_to(_SEEN_WITHIN_S + world.timeout_s):  # for those who see it late
-        hosts = world.all_gather_object((socket.gethostname(), probe.exists()))
+        hosts = world.all_gather_object((socket.gethostname(), os.path.exists(probe)))
     world.on_main(probe.unlink)
     blind = sorted({host for host, sees in hosts if not sees})
     if blind:

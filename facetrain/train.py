@@ -83,7 +83,9 @@ class Run:
         self.config, self.inputs, self.folder, self.world = config, inputs, folder, world
         self.plan, self.judge = inputs.plan, inputs.judge
         backbone, self.state = self._initial_state()
-        self.clock = StepClock(world, factor=config.train.straggler_factor)
+        # With these, a rank that is fast waits in its forward for the others.
+        exchanges = config.model.sync_batchnorm or config.train.zero_stage == 3
+        self.clock = StepClock(world, factor=config.train.straggler_factor, forward_exchanges=exchanges)
         loss = build_loss(
             config.loss,
             config.train,
@@ -161,6 +163,7 @@ class Run:
                     profile.before(state.step)
                 self.clock.begin()
                 batch = next(loader)
+                self.clock.has_data()
                 if profile is not None:
                     profile.clock.mark("data wait")
                 waited_s += loader.wait_s

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_a_held_folder_is_refused_until_its_owner_ends_however_it_does(tmp_path:
     with hold_folder(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert (tmp_path / LOCK_FILE).read_text() == ""
+
+
+def test_a_job_waits_for_the_lock_as_long_as_it_is_told(tmp_path: Path) -> None:
+    holder, _ = start_holder(tmp_path)
+    with pytest.raises(ValueError, match="in use by"), hold_folder(tmp_path, wait_s=1.5):
+        pass
+    ending = threading.Timer(1.0, holder.kill)
+    ending.start()
+    with hold_folder(tmp_path, wait_s=60.0):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    holder.wait()
 
 
 def test_a_process_that_outlives_the_owner_holds_nothing(tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ def test_a_restart_goes_on_with_the_folder_that_had_to_be_fresh(
         monkeypatch.delenv(variable)
 
 
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    expected = rf"^run\.dir: expected a folder, {tmp_path}/run is a file$"
+    with (
+        pytest.raises(ValueError, match=expected),
+        claim_run_folder(Config(run=RunConfig(dir=str(tmp_path / "run"))), World()),
+    ):
+        pass
+
+
 def claim_what_another_host_sees_late(world: World, folder: Path) -> None:
     """Let rank 1 see the folder two seconds after a collective of rank 0 would have failed."""
     run_folder._SEEN_WITHIN_S = 6.0
@@ -66,8 +76,8 @@ def claim_what_another_host_sees_late(world: World, folder: Path) -> None:
     world.limit_waiting()
     seen_at = time.monotonic() + 4.0
     if world.rank == 1:
-        exists = Path.exists
-        Path.exists = lambda path: exists(path) and (".seen" not in path.name or time.monotonic() > seen_at)
+        exists = os.path.exists
+        os.path.exists = lambda path: exists(path) and (".seen" not in str(path) or time.monotonic() > seen_at)
     with claim_run_folder(Config(run=RunConfig(dir=str(folder / "run"))), world):
         pass
 

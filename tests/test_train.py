@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -124,6 +125,12 @@ def test_resume_equals_no_interruption_to_the_bit(synthetic, tmp_path, world_siz
 
     finished = train(world_size, *flags(synthetic, cut, **more), cwd=tmp_path)
     assert f"{cut} is finished" in finished
+
+
+@pytest.mark.slow
+def test_one_process_without_a_launcher_trains_at_zero_3(synthetic, tmp_path):
+    output = train(1, *flags(synthetic, tmp_path / "run", train__steps=2, train__zero_stage=3), cwd=tmp_path)
+    assert re.search(r"casianet: [1-9]\.\d\d million parameters", output)
 
 
 @pytest.mark.slow

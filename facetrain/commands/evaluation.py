@@ -94,7 +94,8 @@ def _add_protocol_flags(parser: Any) -> None:
     parser.add_argument("--closed-gallery", type=str, help="list of the gallery images of closed-best-rowden")
     parser.add_argument("--closed-probes", type=str, help="list of the probe images of closed-best-rowden")
     parser.add_argument("--blufr", type=str, help="the ten trials of BLUFR, blufr_lfw_config.mat")
-    parser.add_argument("--draws", type=int, default=1, help="seeded draws in open-best-rowden; of closed-surrogate, ten with 1")
+    draws_help = "seeded draws in open-best-rowden; of closed-surrogate, ten with 1"
+    parser.add_argument("--draws", type=int, default=1, help=draws_help)
     parser.add_argument("--seed", type=int, default=0, help="seed of draws and resamples")
     parser.add_argument("--dataset", type=str, help="name of the set; with 'lfw', the default, its counts are checked")
 

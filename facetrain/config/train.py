@@ -44,7 +44,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the network by torch.compile for training, where minutes of warm-up pay; not at zero_stage 3."""
     straggler_factor: float = 2.0
-    """Warn where a rank takes this many times the median rank's seconds for data and forward."""
+    """Warn where a rank takes this many times the median rank's seconds for data and forward; for data alone where the
+    forward exchanges too, by `model.sync_batchnorm` or at ZeRO 3."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too are sharded over the ranks."""
     log_every_steps: int = 20

@@ -32,6 +32,7 @@ class Engine:
             buffer for name, buffer in backbone.named_buffers() if name.endswith(("running_mean", "running_var"))
         ]
         self._parameters = list(backbone.parameters())
+        self.num_parameters = sum(p.numel() for p in self._parameters)  # before ZeRO 3 takes them apart
         self._mark: Callable[[str], None] | None = None
         self._deepspeed = start_deepspeed(self.backbone, config, world, pairs_per_rank=pairs_per_rank)
         if world.world_size == 1 and config.zero_stage == 0:

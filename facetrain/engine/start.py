@@ -84,13 +84,16 @@ def _not_importable(name: str) -> Iterator[None]:
 
 @contextmanager
 def _launcher_variables() -> Iterator[None]:
-    """Set what DeepSpeed reads of a launcher, also in a run of one process, where there is none."""
+    """Set what DeepSpeed reads of a launcher, also in a run of one process, where there is none.
+
+    ZeRO 3 reads LOCAL_RANK in the first forward too, so that it stays.
+    """
     missing = {key: value for key, value in _NO_LAUNCHER.items() if key not in os.environ}
     os.environ.update(missing)
     try:
         yield
     finally:
-        for key in missing:
+        for key in missing.keys() - {"LOCAL_RANK"}:
             del os.environ[key]
 
 

@@ -89,9 +89,6 @@ class AllRanksBatchNorm(_BatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), share)
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Accept every shape: F.batch_norm checks what is left to check."""
-
 
 def _global_statistics(x: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean [D], biased variance [D] and the number of values per channel [] over all ranks.

@@ -35,7 +35,7 @@ class OnnxInput:
 
 
 class OnnxBackbone(nn.Module):
-    """A backbone that onnxruntime runs, on the CPU or, where that build has it, on CUDA."""
+    """A backbone that onnxruntime runs, on the CPU or, where that build has CUDA, on the images' device."""
 
     def __init__(self, file: Path, pixels: OnnxInput) -> None:
         """Open the file.
@@ -48,7 +48,8 @@ class OnnxBackbone(nn.Module):
         super().__init__()
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such ONNX file")
-        self._session = _open(file)
+        self._device = torch.device("cpu")
+        self._session = _open(file, self._device)
         inputs = self._session.get_inputs()
         shape = inputs[0].shape
         kind = inputs[0].type
@@ -93,6 +94,9 @@ class OnnxBackbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Embed a batch as `network_input` makes it, in [-1, 1]; float32 [B, D] on the device of the images."""
+        if images_BCHW.device != self._device:
+            self._device = images_BCHW.device
+            self._session = _open(self._file, self._device)
         if self._takes_bytes:
             pixels = (images_BCHW.float() * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
             if self._pixels.colour == "bgr":
@@ -120,7 +124,8 @@ class OnnxBackbone(nn.Module):
         return torch.from_numpy(output)[:num_images]
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path, device: torch.device) -> Any:
+    """Open the file for a device; what onnxruntime can't run there, it runs on the CPU."""
     try:
         import onnxruntime
     except ImportError:
@@ -129,8 +134,8 @@ def _open(file: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors, which are raised as well
     providers: list[Any] = ["CPUExecutionProvider"]
-    if torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": torch.cuda.current_device()}))  # a rank's own
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions share no base class

@@ -57,7 +57,8 @@ class StopRequest:
         there already. One rank of each host looks for the file: where it is on a network file system, other hosts may
         see it a minute after the one that made it.
         """
-        if self._stop_file is not None and self.world.local_rank == 0 and self._stop_file.exists():
+        # os.path takes any error of the file system for no file: one that hiccups ends no run.
+        if self._stop_file is not None and self.world.local_rank == 0 and os.path.exists(self._stop_file):
             self.reason = str(self._stop_file)
         is_due = self._pending()
         self._pending = self.world.start_any(bool(self.reason))

@@ -17,13 +17,13 @@ class StepClock:
     """Times this rank's own part of each step: from its beginning until it needs what other ranks have.
 
     All ranks take equally long for a whole step, since each exchange waits for the slowest. What differs is how long
-    each takes to have its embeddings: data, copy to the device, forward. A rank that is slow in backward alone isn't
-    seen.
+    each takes to have its embeddings: data, copy to the device, forward; data alone where the forward exchanges as
+    well. A rank that is slow later isn't seen.
     """
 
-    def __init__(self, world: World, *, factor: float) -> None:
+    def __init__(self, world: World, *, factor: float, forward_exchanges: bool = False) -> None:
         """Warn where a rank takes `factor` times the median."""
-        self.world, self.factor = world, factor
+        self.world, self.factor, self.forward_exchanges = world, factor, forward_exchanges
         self._hosts = world.all_gather_object(socket.gethostname())
         self._spans: list[list[Any]] = []
 
@@ -31,9 +31,15 @@ class StepClock:
         """Begin a step."""
         self._spans.append([self._now()])
 
+    def has_data(self) -> None:
+        """Take note that this rank has its batch."""
+        if self.forward_exchanges:
+            self._spans[-1].append(self._now())
+
     def has_embeddings(self) -> None:
-        """Take note that this rank's own part of the step is over."""
-        self._spans[-1].append(self._now())
+        """Take note that this rank has its embeddings."""
+        if not self.forward_exchanges:
+            self._spans[-1].append(self._now())
 
     def read(self) -> tuple[dict[str, float], str | None]:
         """Return figures of the steps since the last call, and a warning or None; every rank must call it.
@@ -56,8 +62,9 @@ class StepClock:
         }
         if own_s[slowest] <= self.factor * median_s:
             return figures, None
+        part = "data" if self.forward_exchanges else "data and forward"
         return figures, (
-            f"rank {slowest} on {self._hosts[slowest]} takes {own_s[slowest]:.3f} s for its data and forward, the"
+            f"rank {slowest} on {self._hosts[slowest]} takes {own_s[slowest]:.3f} s for its {part}, the"
             f" median rank {median_s:.3f} s: all wait for it"
         )
 

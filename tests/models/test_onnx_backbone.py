@@ -154,7 +154,13 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         OnnxInput(std=0)
 
 
-def test_a_rank_runs_the_network_on_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class OnGpu3(torch.Tensor):
+    """Says that it is on a GPU, where it isn't."""
+
+    device = property(lambda self: torch.device("cuda", 3))  # type: ignore[assignment]
+
+
+def test_the_network_runs_where_the_images_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     asked: list[list[object]] = []
@@ -164,10 +170,13 @@ def test_a_rank_runs_the_network_on_its_own_gpu(tmp_path: Path, monkeypatch: pyt
         asked.append(providers)
         return real(file, options, providers=["CPUExecutionProvider"])
 
+    write_onnx(tmp_path / "net.onnx")
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    write_onnx(tmp_path / "net.onnx")
-    OnnxBackbone(tmp_path / "net.onnx", OnnxInput())
-    assert asked == [[("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"]]
+    network, images = OnnxBackbone(tmp_path / "net.onnx", OnnxInput()), network_input(pixels(2))
+    network(images)
+    with pytest.raises(Exception, match=r"CUDA|NVIDIA"):  # it would put the embeddings there
+        network(images.as_subclass(OnGpu3))
+    network(images)
+    cpu = ["CPUExecutionProvider"]
+    assert asked == [cpu, [("CUDAExecutionProvider", {"device_id": 3}), *cpu], cpu]

@@ -98,6 +98,25 @@ def time_steps(world: World, slow_s: float) -> tuple[dict[str, float], str | Non
     return clock.read()
 
 
+def time_forwards_that_exchange(world: World, slow_s: float) -> tuple[dict[str, float], str | None]:
+    clock = StepClock(world, factor=2.0, forward_exchanges=True)
+    for _ in range(3):
+        clock.begin()
+        time.sleep(slow_s if world.rank == 1 else 0.05)
+        clock.has_data()
+        world.all_gather_object(None)
+        clock.has_embeddings()
+    return clock.read()
+
+
+def test_a_rank_that_waits_for_another_in_its_forward_is_not_slow() -> None:
+    (figures, warning), _ = run_ranks(time_forwards_that_exchange, 2, 0.5)
+    assert figures["train/slowest_rank"] == 1
+    assert figures["train/median_rank_s"] < figures["train/slowest_rank_s"] / 2
+    assert warning is not None
+    assert "s for its data, the median" in warning
+
+
 def test_the_slowest_rank_is_named_on_all_ranks_when_it_takes_a_multiple_of_the_median() -> None:
     (figures, warning), (others, _) = run_ranks(time_steps, 2, 0.5)
     assert figures == others

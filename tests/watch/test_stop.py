@@ -1,5 +1,6 @@
 """Who was asked to stop, and what becomes of the others."""
 
+import errno
 import os
 import signal
 import time
@@ -26,6 +27,20 @@ def stop(world: World, numbers: list[int], launchers: list[str]) -> str:
             pass
         request.end(7)
         return request.reason
+
+
+def test_a_file_system_that_hiccups_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: object, **_: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setenv(STOP_FILE_VARIABLE, str(tmp_path / "stop"))
+    with StopRequest(World()) as request:
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "stat", stale)
+            assert not request.is_due()
+        (tmp_path / "stop").touch()
+        assert not request.is_due()
+        assert request.is_due()
 
 
 def test_a_stop_that_someone_asked_for_ends_all_ranks() -> None:
